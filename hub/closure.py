@@ -1,0 +1,164 @@
+"""The code that travels with a checkpoint, and what else makes a checkpoint folder complete.
+
+The code is the flat closure of `modeling_uground/` and `processing/`: the entry files and all that they import of
+their folders, side by side, so that `trust_remote_code=True` runs them where `uground` is not installed.
+
+    python -m uground.hub.closure PATH --from-nothing --dataset scenes --license apache-2.0 --recipe recipes/tiny.yaml
+
+completes a folder in place; `uground.hub.publish` does so in a copy.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from transformers import GenerationConfig, logging
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from uground.hub.card import add_card_arguments, card_facts, write_card
+from uground.hub.checkpoint_folder import load_checkpoint, read_config
+from uground.hub.command import run_command
+from uground.hub.example import write_example
+from uground.hub.weight_files import read_json
+from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, UGroundConfig
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ENTRY_FILES = (
+    "modeling_uground/configuration_uground.py",
+    "modeling_uground/modeling_uground.py",
+    "processing/processing_uground.py",
+    "processing/pipeline_uground.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_uground.UGroundConfig",
+    "AutoModel": "modeling_uground.UGroundForReferringSegmentation",
+    "AutoProcessor": "processing_uground.UGroundProcessor",
+}
+
+
+def code_files() -> dict[str, Path]:
+    """
+    The flat closure: name in the checkpoint folder to file of this package.
+
+    Raises:
+        ValueError: two files would get the same name.
+    """
+    files: dict[str, Path] = {}
+    for entry in ENTRY_FILES:
+        path = PACKAGE / entry
+        for source in (path, *map(Path, get_relative_import_files(path))):
+            if files.setdefault(source.name, source) != source:
+                raise ValueError(f"{source} and {files[source.name]} would be one file in a checkpoint folder")
+    return dict(sorted(files.items()))
+
+
+def write_code(folder: str | os.PathLike) -> list[str]:
+    """Copy the flat closure to a folder, over an older one; returns the names of the files."""
+    files = code_files()
+    for name, source in files.items():
+        shutil.copyfile(source, Path(folder) / name)
+    return list(files)
+
+
+def stamp_config(folder: str | os.PathLike) -> UGroundConfig:
+    """
+    Make `config.json` (and `processor_config.json`) name this code, its version and its pipeline.
+
+    Raises:
+        OSError: there is no `config.json`.
+        ValueError: it is no configuration of UGround.
+    """
+    config = read_config(folder)
+    path = Path(folder) / "config.json"
+    content = read_json(path)
+    content |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES, "uground_version": CODE_VERSION}
+    write_json(path, content)
+    processor = path.with_name("processor_config.json")
+    if processor.is_file():
+        content = read_json(processor)
+        # The parts of a processor carry the same entry; one loaded from a repository names that repository.
+        for part in (content, content.get("image_processor"), content.get("sam_image_processor")):
+            if part is not None:
+                part["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        write_json(processor, content)
+    return config
+
+
+def complete_folder(
+    folder: str | os.PathLike, example: bool = True, model=None, replace_card: bool = False, **facts
+) -> None:
+    """
+    Add what a checkpoint folder lacks of a complete one, in place; weights and processor must lie there.
+
+    Written anew: code, stamps in the configuration, figures and recipe where they are given. Written where absent:
+    generation configuration, example image with overlay, model card.
+
+    Args:
+        folder: with weights, `config.json`, processor and tokenizer.
+        example: ask the checkpoint about the example image, and draw the answer.
+        model: the model of the folder, if it is loaded already.
+        replace_card: write the card anew even if there is one.
+        facts: what the card says, as for [`uground.hub.card.write_card`].
+
+    Raises:
+        OSError, ValueError: the folder is not usable; the sentence says why. `facts` are given, but the card stays.
+    """
+    folder = Path(folder)
+    has_card = (folder / "README.md").is_file()
+    told = [name for name, value in facts.items() if name != "repo_id" and value is not None]
+    if has_card and told and not replace_card:
+        raise ValueError(
+            f"there is a README.md already, which is taken as it is, so {', '.join(told)} would go nowhere: write it "
+            "anew with `python -m uground.hub.card PATH --write`, or remove it"
+        )
+    config = stamp_config(folder)
+    write_code(folder)
+    for fact, name in (("results_json", "results.json"), ("recipe", "recipe.yaml")):
+        if facts.get(fact) is not None:
+            _keep(Path(facts[fact]), folder / name)
+    if not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(config.get_text_config()).save_pretrained(folder)
+    if example and not (folder / "example_overlay.png").is_file():
+        write_example(folder, load_checkpoint(folder) if model is None else model)
+    if replace_card or not has_card:
+        write_card(folder, **facts)
+
+
+def _keep(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise FileNotFoundError(f"{str(source)!r} is no file")
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON the way transformers does, so that what is unchanged stays the same byte for byte."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m uground.hub.closure",
+        description="Add what a checkpoint folder lacks: code, stamps, generation settings, example and model card.",
+    )
+    parser.add_argument("path", metavar="PATH", help="checkpoint folder, with its processor")
+    parser.add_argument("--repo-id", metavar="USER/NAME", help="name to use in the card")
+    parser.add_argument("--replace-card", action="store_true", help="write the card anew, over one that is there")
+    parser.add_argument("--no-example", action="store_true", help="do not ask the checkpoint about the example image")
+    add_card_arguments(parser)
+    options = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    return run_command(parser.prog, lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    facts = {"repo_id": options.repo_id, **card_facts(options)}
+    complete_folder(options.path, example=not options.no_example, replace_card=options.replace_card, **facts)
+    print(options.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

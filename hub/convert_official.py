@@ -1,0 +1,285 @@
+"""Turn a released UGround checkpoint into one that `AutoModel.from_pretrained` loads.
+
+python -m uground.hub.convert_official UGround-7B --vision-tower openai/clip-vit-large-patch14-336 --output uground-7b
+
+Tensors are read, renamed and written one by one, so that memory never holds more than one file of either side.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
+from uground.hub.command import DTYPES, run_command
+from uground.hub.official_config import build_config, check_family, check_vision_tower, vision_config
+from uground.hub.official_names import (
+    EMBEDDINGS,
+    VOCABULARY,
+    Origin,
+    clip_name,
+    is_ignored,
+    source_of,
+)
+from uground.hub.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, has_tokenizer
+from uground.hub.streaming import Part, Target, write_weights
+from uground.hub.weight_files import WeightFiles, read_json, resolve_folder
+from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.processing import UGroundProcessor, letterbox_image_processor
+
+# The released code keeps its running reward outside of the weights and loses it; a converted policy starts anew.
+NEW_TENSORS = {
+    "layer_policy.reward_ema": torch.zeros(()),
+    "layer_policy.reward_updates": torch.zeros((), dtype=torch.long),
+}
+
+
+@dataclass
+class Source:
+    """
+    An official checkpoint and its vision tower, opened but not read.
+
+    Attributes:
+        name: what the user calls it.
+        config: its `config.json`.
+        weights, vision_weights: of the checkpoint and of the vision tower.
+        vision: configuration of the vision tower.
+    """
+
+    name: str
+    config: dict
+    weights: WeightFiles
+    vision: CLIPVisionConfig
+    vision_weights: WeightFiles
+
+    @classmethod
+    def open(cls, source: str, vision_tower: str) -> "Source":
+        """
+        Look at both folders, downloading what is a Hub id.
+
+        Raises:
+            OSError, ValueError: a folder is incomplete, or is not what it should be.
+        """
+        folder = resolve_folder(source, "checkpoint")
+        config = read_json(folder / "config.json")
+        weights = WeightFiles(folder)
+        check_family(source, weights.shapes, _known_tokens(folder))
+        vision_folder = resolve_folder(vision_tower, "vision tower")
+        vision = vision_config(vision_folder)
+        check_vision_tower(vision_folder, vision, config, weights.shapes)
+        return cls(str(source), config, weights, vision, WeightFiles(vision_folder, "vision tower"))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of tokens of the checkpoint."""
+        return self.weights.shapes[EMBEDDINGS][0]
+
+
+def _known_tokens(folder: Path) -> list[str]:
+    path = folder / "added_tokens.json"
+    return list(read_json(path)) if path.is_file() else []
+
+
+def convert_official(
+    source: str,
+    vision_tower: str,
+    output: str,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+    layer_selection: str | int | None = None,
+    segment_token_id: int | None = None,
+    reject_token_id: int | None = None,
+) -> None:
+    """
+    Convert a checkpoint in the layout of the released UGround.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        vision_tower: folder or Hub id of the CLIP it was trained with, whole or vision part only.
+        output: folder to write, new or empty.
+        tokenizer: folder of the tokenizer; by default that of `source`. Without any the model is written without a
+            processor.
+        dtype: of the written weights; by default that of the checkpoint.
+        layer_selection: what the converted model does by default; `None` for the rule of the official evaluation.
+        segment_token_id, reject_token_id: ids of `[SEG]` and `[REJ]`, for a checkpoint without a tokenizer: nothing
+            else in it tells them. Where both are missing the model refuses to segment until its config names them.
+
+    Raises:
+        OSError: something cannot be read or written, or the output is not empty.
+        ValueError: the checkpoint, the vision tower or the tokenizer is not what it should be.
+    """
+    output = Path(output)
+    check_output(output)
+    opened = Source.open(source, vision_tower)
+    fast_tokenizer = _open_tokenizer(opened, tokenizer)
+    segment_token_id, reject_token_id = _token_ids(opened, fast_tokenizer, segment_token_id, reject_token_id)
+    config = build_config(
+        opened.config, opened.weights.shapes, opened.vision, segment_token_id, reject_token_id, layer_selection
+    )
+    dtype = dtype or opened.weights.dtype_of(EMBEDDINGS)
+    with torch.device("meta"):
+        model = UGroundForReferringSegmentation(config).to(dtype)
+    # The official vocabulary lacks <image>, so the official model cannot write it.
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    parts = plan_parts(opened, model)
+    processor = None
+    if fast_tokenizer is not None:
+        processor = UGroundProcessor(
+            letterbox_image_processor(opened.vision.image_size),
+            letterbox_image_processor(config.frame_size),
+            fast_tokenizer,
+            patch_size=opened.vision.patch_size,
+        )
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    with new_folder(output, num_bytes) as folder:
+        save_all_but_weights(folder, model, processor)
+        write_weights(folder, parts, NEW_TENSORS, dtype, num_bytes)
+    _report(opened, output, config, dtype, processor)
+
+
+def plan_parts(opened: Source, model: UGroundForReferringSegmentation) -> list[Part]:
+    """
+    Which source tensor becomes which tensor of the model; both sides are complete.
+
+    Args:
+        opened: the source.
+        model: of the configuration to be written, on the meta device.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of the wrong shape; the sentence names them.
+    """
+    depth = model.config.sam_config.mask_decoder_config.iou_head_depth
+    targets = {origin: {} for origin in Origin}
+    for name, tensor in model.state_dict().items():
+        origin, key = source_of(name, depth)
+        shape = tuple(tensor.shape)
+        target = Target(name, (shape[0] - 1, *shape[1:]), add_row) if key in VOCABULARY else Target(name, shape)
+        # A second name of the same tensor, of SAM's position encoding, is tied and not written.
+        targets[origin].setdefault(key, target)
+    parts = [
+        Part(f"The checkpoint {opened.name}", opened.weights, _official_name, targets[Origin.CHECKPOINT]),
+        Part(
+            f"The vision tower {opened.vision_weights.path}",
+            opened.vision_weights,
+            clip_name,
+            targets[Origin.VISION_TOWER],
+        ),
+    ]
+    for part in parts:
+        part.check()
+    return parts
+
+
+def _official_name(name: str) -> str | None:
+    return None if is_ignored(name) else name
+
+
+def add_row(matrix: Tensor) -> Tensor:
+    """A vocabulary matrix `(V, D)` with a last row of zeros, for `<image>`: its place is taken by image features."""
+    return torch.cat([matrix, matrix.new_zeros(1, matrix.shape[1])])
+
+
+def _open_tokenizer(opened: Source, tokenizer: str | None):
+    """The converted tokenizer, or `None` where there is none."""
+    if tokenizer is not None:
+        folder = resolve_folder(tokenizer, "tokenizer", weights=False)
+    elif has_tokenizer(opened.weights.path):
+        folder = opened.weights.path
+    else:
+        return None
+    return convert_tokenizer(
+        folder,
+        opened.num_rows,
+        opened.config.get("max_position_embeddings", 2048),
+        opened.name,
+        opened.config.get("mm_use_im_start_end", True),
+    )
+
+
+def _token_ids(opened: Source, tokenizer, *given: int | None) -> tuple[int | None, int | None]:
+    """Ids of `[SEG]` and `[REJ]`: by name where there is a tokenizer, else those that were given."""
+    if tokenizer is None:
+        for token, number in zip((SEGMENT, REJECT), given, strict=True):
+            if number is not None and not 0 <= number < opened.num_rows:
+                raise ValueError(
+                    f"{token} must be one of the {opened.num_rows} tokens of {opened.name}, got {number}."
+                )
+        return given
+    named = tuple(tokenizer.get_vocab().get(token) for token in (SEGMENT, REJECT))
+    for token, number, asked in zip((SEGMENT, REJECT), named, given, strict=True):
+        if asked is not None and asked != number:
+            raise ValueError(f"{token} was said to be number {asked}, but the tokenizer says {number}.")
+    return named
+
+
+def _report(opened: Source, output: Path, config: UGroundConfig, dtype: torch.dtype, processor) -> None:
+    layers = config.num_layers - 1
+    print(
+        f"Wrote {output}: {layers} layers, {opened.num_rows} tokens and <image>, {str(dtype).removeprefix('torch.')}, "
+        f"{SEGMENT} {config.segment_token_id}, {REJECT} {config.reject_token_id}, layer selection "
+        f"{config.layer_selection!r}."
+    )
+    if processor is None:
+        print("It has no processor, because no tokenizer was found; pass --tokenizer for one.")
+    if config.segment_token_id is None:
+        print(f"It does not know its {SEGMENT} token; pass --tokenizer or --segment-token-id.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m uground.hub.convert_official`."""
+    usage, example, *_ = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        "python -m uground.hub.convert_official",
+        description=usage,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or Hub id of the released checkpoint")
+    parser.add_argument(
+        "--vision-tower", required=True, metavar="CLIP", help="folder or Hub id of the CLIP it was trained with"
+    )
+    parser.add_argument("--output", required=True, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder or Hub id of the tokenizer (default: SRC's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the written weights (default: as in SRC)")
+    parser.add_argument(
+        "--layer-selection",
+        help="layer the converted model reads segments at: last, argmax, sample, mc or a number (default: as the "
+        "official evaluation does, which is last for the released checkpoints)",
+    )
+    for token in ("segment", "reject"):
+        parser.add_argument(
+            f"--{token}-token-id",
+            type=int,
+            help=f"id of [{token[:3].upper()}], for a checkpoint without a tokenizer",
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = build_parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    selection = options.layer_selection
+    return run_command(
+        "convert_official",
+        lambda: convert_official(
+            options.source,
+            options.vision_tower,
+            options.output,
+            tokenizer=options.tokenizer,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            layer_selection=int(selection) if selection and selection.lstrip("-").isdigit() else selection,
+            segment_token_id=options.segment_token_id,
+            reject_token_id=options.reject_token_id,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Loads repositories from a Hub; run by test_publish.py in a process where `uground` cannot be imported.
+
+The arguments are INPUTS.pt, OUT.pt and JOBS.json. A job is `[name, what, arguments]`;
+OUT.pt maps names to what came out, or to `{"error": …}`.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+INPUTS, OUT, JOBS = sys.argv[2:]
+inputs = torch.load(INPUTS)
+IMAGE = Image.fromarray((np.arange(40 * 60 * 3) % 251).astype(np.uint8).reshape(40, 60, 3))
+
+
+def masks(repo_id, revision=None, layer_selection="last", **kwargs):
+    """Mask logits of the model of a repository."""
+    model = AutoModel.from_pretrained(repo_id, revision=revision, **{"trust_remote_code": True, **kwargs}).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    with torch.no_grad():
+        return model(**inputs, layer_selection=layer_selection).mask_logits
+
+
+def adapted(repo_id, base):
+    """Mask logits of a base with the adapter of a repository on top."""
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base, trust_remote_code=True), repo_id).eval()
+    with torch.no_grad():
+        return model(**inputs, layer_selection="last").mask_logits
+
+
+def answers(repo_id):
+    """A pipeline's answer, and how many queries the processor makes rows of."""
+    pipe = pipeline("referring-segmentation", model=repo_id, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repo_id, trust_remote_code=True)
+    rows = processor([IMAGE], [["the cup", "the tree"]], return_tensors="pt")["input_ids"].shape[0]
+    return {"answer": pipe(IMAGE, "the red cup", max_new_tokens=2)["answer"], "rows": rows}
+
+
+def frozen(folder):
+    """Mask logits of a folder that an older release published, by the code in it."""
+    return masks(folder, dtype="float32", layer_selection="argmax")[:, ::5, ::5]
+
+
+def resaved(repo_id):
+    """Files that a model leaves which was loaded from a repository or a published folder and is saved again."""
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModel.from_pretrained(repo_id, trust_remote_code=True).save_pretrained(folder)
+        return sorted(path.name for path in Path(folder).glob("*.py"))
+
+
+def examples(repo_id):
+    """Queries and picture sizes of a dataset's test split."""
+    rows = load_dataset(repo_id, split="test")
+    return [(row["query"], row["image"].size) for row in rows]
+
+
+def warned(repo_id, version):
+    """Warnings about the version of transformers, when another one than ours is installed."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    # Not the name imported above: transformers puts another module object in its own place later on.
+    library = sys.modules["transformers"]
+    installed, library.__version__ = library.__version__, version
+    for _ in range(2):
+        AutoConfig.from_pretrained(repo_id, trust_remote_code=True)
+    library.__version__ = installed
+    logging.getLogger().removeHandler(handler)
+    return [text for text in records if "tested with transformers" in text]
+
+
+results = {}
+for name, what, arguments in json.loads(Path(JOBS).read_text()):
+    try:
+        results[name] = globals()[what](**arguments)
+    except Exception as error:
+        results[name] = {"error": f"{type(error).__name__}: {error}"}
+results["modules"] = sorted(name for name in sys.modules if name.split(".")[0] == "uground" and sys.modules[name])
+torch.save(results, OUT)

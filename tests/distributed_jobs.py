@@ -1,0 +1,104 @@
+"""What the processes of `test_distributed` do; a module of its own, so that they can import it."""
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from processes import forget_process_group
+from tiny import tiny_model
+from tiny_training import dataset, example, losses_of, tiny_trainer
+from transformers import TrainerCallback
+
+# Which processes of a pair see a segment: of a batch of 4, the first half goes to the first process.
+MIXED = [example(number) for number in range(12)]
+ONE_SIDED = [example(number, saying) for number, saying in enumerate((0, 1, 3, 2))]
+NO_SEGMENT = [example(number, 2 + number % 2) for number in range(4)]
+
+
+class KeepGradients(TrainerCallback):
+    """Gradients of every step, before the optimizer."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = ((name.removeprefix("module."), parameter.grad) for name, parameter in model.named_parameters())
+        self.steps.append({name: gradient.clone() for name, gradient in named if gradient is not None})
+
+
+def policy_model(baseline: str):
+    """A tiny model with a policy that gives every layer a chance."""
+    model = tiny_model(policy_baseline=baseline).train()
+    with torch.no_grad():
+        model.layer_policy.gates.mul_(0.02)
+    return model
+
+
+def train(folder, items, baseline: str, batch: int, **settings) -> dict:
+    """Train on batches of `batch` per process, in order, and tell everything."""
+    model, gradients = policy_model(baseline), KeepGradients()
+    defaults = {"max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "iou_weight": 0.5}
+    trainer = tiny_trainer(
+        folder,
+        items,
+        model,
+        trainer={"callbacks": [gradients]},
+        per_device_train_batch_size=batch,
+        **{**defaults, **settings},
+    )
+    trainer.train()
+    return {
+        "gradients": gradients.steps,
+        "losses": losses_of(trainer),
+        "average": float(model.layer_policy.baseline()),
+        "log": trainer.state.log_history[0],
+    }
+
+
+CASES = {
+    "several draws": (MIXED, "ema", {"policy_samples": 3, "max_steps": 3}),
+    "critic": (MIXED, "critic", {"max_steps": 3}),
+    "segments in one process only": (ONE_SIDED, "ema", {"policy_samples": 2}),
+    "no segment at all": (NO_SEGMENT, "critic", {"policy_samples": 2}),
+}
+
+
+def all_cases(rank: int, folder) -> dict:
+    """Every case in one pair of processes, then a sharded run: starting a process takes longer than all of them."""
+    plain = {name: train(folder / name, items, baseline, 2, **more) for name, (items, baseline, more) in CASES.items()}
+    forget_process_group()
+    return {"plain": plain, "sharded": train_sharded(folder / "sharded")}
+
+
+def train_sharded(folder) -> dict:
+    """FSDP2; accelerate offers it on accelerators only, so it is switched on behind its back."""
+    trainer = tiny_trainer(
+        folder,
+        MIXED,
+        policy_model("critic"),
+        trainer={"eval_dataset": dataset(MIXED[:4])},
+        per_device_train_batch_size=2,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+        max_steps=3,
+        iou_weight=0.5,
+        eval_strategy="steps",
+        eval_steps=3,
+        eval_generate_count=3,
+        eval_max_new_tokens=4,
+        save_strategy="steps",
+        save_steps=3,
+        cache_sam_embeddings=str(folder / "cache"),
+    )
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer", "SamVisionLayer"],
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+    trainer.train()
+    kinds = {type(parameter).__name__ for parameter in trainer.model.parameters()}
+    return {"losses": losses_of(trainer), "kinds": kinds, "log": trainer.state.log_history}

@@ -1,0 +1,131 @@
+"""Any image a user may hold, as an upright 8-bit RGB `PIL.Image`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+
+# The least rows and columns of an image: with one there is nothing to interpolate between.
+MIN_SIDE = 2
+URL_PREFIXES = ("http://", "https://", "data:image/")
+
+
+def read_image(image, name: str = "the image") -> Image.Image:
+    """
+    Read one image.
+
+    Args:
+        image: a `PIL.Image` of any mode, with its EXIF orientation; a path (`str` or `Path`); a URL or data URI; an
+            array or tensor `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, unsigned 8 or 16 bit, other
+            integers within 0..255, boolean, or floating within 0..1. Transparency is laid on white; 16-bit grey is
+            scaled to 8 bit.
+        name: what to call an in-memory image in an error message.
+
+    Returns:
+        An RGB image of at least 2x2 pixels, turned as its EXIF orientation says.
+
+    Raises:
+        OSError: a file or URL is missing, unreadable or truncated.
+        ValueError: the type, shape, value range or size is none of the above.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        name = f"the image {str(image)[:200]!r}"
+        picture = _open(str(image), name)
+    elif isinstance(image, Image.Image):
+        picture = image
+        filename = getattr(image, "filename", "")
+        name = f"the image {str(filename)!r}" if filename else name
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        picture = _array_to_picture(image, name)
+    else:
+        raise ValueError(
+            f"{name} must be a PIL image, an array, a tensor, a path or a URL, got {type(image).__name__}"
+        )
+    width, height = picture.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(
+            f"{name} must be at least {MIN_SIDE} pixels wide and high, got {width} wide and {height} high"
+        )
+    try:
+        return _to_rgb(ImageOps.exif_transpose(picture))
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"{name} cannot be read: {error}") from error
+
+
+def _open(source: str, name: str) -> Image.Image:
+    if source.startswith(URL_PREFIXES):
+        try:
+            return load_image(source)
+        except Exception as error:  # the HTTP client's errors share no base class with OSError
+            raise OSError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{name} does not exist or is not a file")
+    try:
+        picture = Image.open(source)
+        picture.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
+    return picture
+
+
+def _first_line(error) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _array_to_picture(array, name: str) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    given = array.shape
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
+        raise ValueError(
+            f"{name} must have the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {tuple(given)}"
+        )
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise ValueError(f"{name} must be at least {MIN_SIDE} pixels wide and high, got the shape {tuple(given)}")
+    return Image.fromarray(_to_bytes(array, name))
+
+
+def _to_bytes(array: np.ndarray, name: str) -> np.ndarray:
+    """An array of any accepted type as uint8."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return np.round(array / 257.0).astype(np.uint8)
+    floating = np.issubdtype(array.dtype, np.floating)
+    top = 1.0 if floating else 255
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= top):
+        raise ValueError(f"{name} must have {array.dtype} values within 0..{top:g}, got {low:g}..{high:g}")
+    return np.round(array * 255.0).astype(np.uint8) if floating else array.astype(np.uint8)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture, dtype=np.int64)
+        # 16-bit files open as 32-bit integers in some Pillow versions; 8-bit values in such an image stay as they are.
+        scale = 257.0 if picture.mode != "I" or values.max() > 255 else 1.0
+        picture = Image.fromarray(np.clip(np.round(values / scale), 0, 255).astype(np.uint8))
+    elif picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture))
+        values = values * 255.0 if values.max() <= 1.0 else values
+        picture = Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+__all__ = ["read_image"]

@@ -1,0 +1,117 @@
+"""What the model returns."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class UGroundImageEmbeddings(ModelOutput):
+    """
+    Everything of I images that does not depend on a query: encode once, ask many times.
+
+    Args:
+        lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space.
+        sam_embeddings (`(I, C, S/16, S/16)`): SAM's image embeddings.
+        token_valid (`(I, h, w)`, bool): image tokens that see image and not padding only.
+        valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
+    """
+
+    lmm_features: torch.Tensor | None = None
+    sam_embeddings: torch.Tensor | None = None
+    token_valid: torch.Tensor | None = None
+    valid_sizes: torch.Tensor | None = None
+    sam_valid_sizes: torch.Tensor | None = None
+    original_sizes: torch.Tensor | None = None
+
+
+@dataclass
+class UGroundOutput(ModelOutput):
+    """
+    Output of a teacher-forced pass over B rows with N segment tokens, in reading order.
+
+    Args:
+        loss (scalar, *optional*): text cross-entropy, when `labels` were given.
+        logits (`(B, T, V)`): of the LMM.
+        segment_row (`(N,)`, int64): row of `input_ids` each segment stands in.
+        layer_logits (`(N, L+1)`, float32): of the layer policy.
+        layer_index (`(N,)`, int64): layer each segment was read at; under `"mc"` the one drawn most often.
+        log_probs (`(N,)`, float32): log-probability of `layer_index` under the policy.
+        similarity (`(N, h, w)`, float32): raw dot products with the image tokens.
+        similarity_map (`(N, h, w)`, float32): the same after `config.similarity_scaling`.
+        mask_logits (`(N, S/4, S/4)`, float32): in the SAM frame; a pixel is mask where the logit is above 0.
+        iou_scores (`(N,)`, float32): SAM's estimate of the IoU of each mask.
+        uncertainty (`(N, S/4, S/4)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
+            the drawn layers, in 0..0.25.
+        agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
+            mask of their average, in 0..1; 1 where all are alike.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    segment_row: torch.Tensor | None = None
+    layer_logits: torch.Tensor | None = None
+    layer_index: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    similarity: torch.Tensor | None = None
+    similarity_map: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
+    iou_scores: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
+
+
+@dataclass
+class UGroundSegmentation(ModelOutput):
+    """
+    Output of [`UGroundForReferringSegmentation.segment`]: what was written, and the masks of its segment tokens.
+
+    The fields that [`UGroundOutput`] also has mean the same here.
+
+    Args:
+        sequences (`(B, T)`, int64): prompts and what was written after them.
+        prompt_length (`int`): number of columns of `sequences` that are prompt.
+        image_index (`(B,)`, int64): image each row asks about.
+        token_scores (`(N,)`, float32): probability with which each segment token was written.
+        valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
+    """
+
+    sequences: torch.Tensor | None = None
+    prompt_length: int | None = None
+    image_index: torch.Tensor | None = None
+    segment_row: torch.Tensor | None = None
+    layer_logits: torch.Tensor | None = None
+    layer_index: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    similarity: torch.Tensor | None = None
+    similarity_map: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
+    iou_scores: torch.Tensor | None = None
+    uncertainty: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
+    token_scores: torch.Tensor | None = None
+    valid_sizes: torch.Tensor | None = None
+    sam_valid_sizes: torch.Tensor | None = None
+    original_sizes: torch.Tensor | None = None
+
+
+def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) -> UGroundSegmentation:
+    """Outputs for consecutive rows of one batch, with prompts of one length and the same images, as one output."""
+    length = max(part.sequences.shape[1] for part in parts)
+    joined = {}
+    for field in fields(UGroundSegmentation):
+        values = [part[field.name] for part in parts if part.get(field.name) is not None]
+        if not values:
+            continue
+        if field.name == "sequences":
+            values = [
+                torch.nn.functional.pad(value, (0, length - value.shape[1]), value=padding_token_id)
+                for value in values
+            ]
+        elif field.name == "segment_row":
+            starts = torch.tensor([0] + [len(part.sequences) for part in parts[:-1]]).cumsum(0).tolist()
+            values = [value + start for value, start in zip(values, starts, strict=True)]
+        shared = field.name == "prompt_length" or field.name.endswith("_sizes")
+        joined[field.name] = values[0] if shared else torch.cat(values)
+    return UGroundSegmentation(**joined)

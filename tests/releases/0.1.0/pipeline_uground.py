@@ -1,0 +1,329 @@
+"""`pipeline("referring-segmentation")`: an image and queries in, answers and masks out."""
+
+import gc
+import os
+from collections.abc import Iterable, Mapping, Sized
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .query_layout import is_list_of_images, pair_images_with_queries
+from .rejection import is_rejected, map_peak
+
+FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
+POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
+CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
+# Length of an answer where neither the call nor the checkpoint says one; the default of transformers cuts at 20.
+MAX_NEW_TOKENS = 128
+# `pipeline(...)` reads these for the download and hands them on.
+LOADING_ARGUMENTS = ("local_files_only",)
+
+
+class ReferringSegmentationPipeline(Pipeline):
+    """
+    Answers queries about images in words and masks.
+
+    ```python
+    pipe = pipeline("referring-segmentation", model=path, trust_remote_code=True)
+    pipe(image, "the red cup")                                # one result
+    pipe(image, ["the red cup", "the tree"])                  # a list of results; the image is encoded once
+    pipe([{"image": image, "text": "the red cup"}, …], batch_size=8)   # a list; a "text" may be a list of queries
+    ```
+
+    A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
+    0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
+    the image.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
+
+    def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
+        """
+        Args:
+            inputs: an image, or a list of images, with `text`; without it, `{"image": …, "text": …}`, or a list,
+                dataset or generator of such items. `image=` and `images=` are other names for it.
+            text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
+            batch_size (`int`): how many images go through the model at a time, with all of their queries.
+            max_new_tokens (`int`): most tokens of an answer; by default what the checkpoint says.
+            layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
+            max_rows (`int`): most queries that go through the language model at a time, see `model.segment`.
+            generate_kwargs (`dict`): anything else `model.segment` should generate with.
+            threshold (`float`, defaults to 0): segments with a lower score are left out.
+            mask_threshold (`float`, defaults to 0): logit above which a pixel is mask.
+            reject_threshold (`float`, defaults to 0): a query whose similarity maps all have a lower peak, in 0..1,
+                is taken to ask for what is not there, and gets no segments; `rejection.REJECT_THRESHOLD` is the value
+                for the bundled checkpoint. Needs a model with `similarity_scaling="scaled"`.
+            return_similarity (`bool`): adds `"similarity_map"` to every segment, a float32 array with one value per
+                image token that sees image, rows first.
+
+        Returns:
+            For one image and one query a result, for one image and a list of queries a list of results; for a list
+            of images or items a list of these; for a dataset or generator an iterator over them.
+
+        Raises:
+            TypeError: an argument is not known.
+            OSError, ValueError: an image or query is not usable, see [`UGroundProcessor.__call__`].
+            MemoryError: a batch does not fit into memory, and neither does a half of it.
+        """
+        given = [value for value in (inputs, image, images) if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"images must be given once, as the first argument, image= or images=; got {len(given)}")
+        inputs = given[0]
+        if text is not None:
+            inputs = _make_items(inputs, text)
+        elif isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+        elif not isinstance(inputs, Mapping) and (isinstance(inputs, str) or not isinstance(inputs, Iterable)):
+            raise ValueError(f"text is needed with an image, got {type(inputs).__name__} alone")
+        if isinstance(inputs, list) and not inputs:
+            return []
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, **kwargs):
+        unknown = sorted(set(kwargs) - set(CALL_ARGUMENTS) - set(LOADING_ARGUMENTS))
+        if unknown:
+            raise TypeError(
+                f"a referring-segmentation pipeline does not know {', '.join(unknown)}; it takes "
+                f"{', '.join(CALL_ARGUMENTS)}, batch_size and num_workers"
+            )
+        forward = {name: kwargs[name] for name in FORWARD_ARGUMENTS if kwargs.get(name) is not None}
+        forward.update(kwargs.get("generate_kwargs") or {})
+        return {}, forward, {name: kwargs[name] for name in POSTPROCESS_ARGUMENTS if name in kwargs}
+
+    def preprocess(self, input_, **preprocess_parameters):
+        """Tensors of one item: one image with its queries."""
+        if not isinstance(input_, Mapping) or set(input_) != {"image", "text"}:
+            got = sorted(input_) if isinstance(input_, Mapping) else type(input_).__name__
+            raise ValueError(f'an item must be {{"image": …, "text": …}}, got {got}')
+        text = input_["text"]
+        is_single = isinstance(text, str)
+        inputs = self.processor([input_["image"]], [text], **preprocess_parameters)
+        return {"inputs": dict(inputs), "queries": [text] if is_single else list(text), "is_single": is_single}
+
+    def _forward(self, input_tensors, **forward_parameters):
+        inputs = input_tensors.pop("inputs")
+        settings = self.model.generation_config
+        if settings.max_new_tokens is None and not {"max_new_tokens", "max_length"} & forward_parameters.keys():
+            forward_parameters = {**forward_parameters, "max_new_tokens": MAX_NEW_TOKENS}
+        return {**input_tensors, "outputs": self._segment(inputs, forward_parameters)}
+
+    def _segment(self, inputs: dict, parameters: dict) -> list:
+        """Outputs of `model.segment` for all rows in order: one, or two where memory did not hold them all."""
+        try:
+            return [self.model.segment(**inputs, **parameters)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            halves = halve_batch(inputs)
+            reason = str(error).split("\n", 1)[0]
+        # Here and not in the handler, whose exception keeps the tensors of the failed call alive.
+        release_memory()
+        lower = "batch_size, max_rows, max_new_tokens, num_layer_samples or the dtype"
+        if len(halves) < 2:
+            raise MemoryError(f"one query does not fit into memory; lower {lower}: {reason}")
+        try:
+            return [self.model.segment(**half, **parameters) for half in halves]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = max(len(half["input_ids"]) for half in halves)
+            raise MemoryError(f"half a batch, {rows} queries, does not fit into memory; lower {lower}") from error
+
+    def postprocess(
+        self, model_outputs, threshold=0.0, mask_threshold=0.0, reject_threshold=0.0, return_similarity=False
+    ):
+        """Results of every item of a batch, nested as the items were."""
+        queries = self._plain_queries(model_outputs["queries"])
+        if reject_threshold and self.model.config.similarity_scaling != "scaled":
+            raise ValueError(
+                "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
+                f"{self.model.config.similarity_scaling!r}"
+            )
+        rows, maps = [], []
+        for outputs in model_outputs["outputs"]:
+            asked = queries[len(rows) : len(rows) + len(outputs["sequences"])]
+            rows += self.processor.post_process_instance_segmentation(
+                outputs, mask_threshold=mask_threshold, queries=asked
+            )
+            maps += self._similarity_maps(outputs)
+        results = []
+        for found, similarity_maps in zip(rows, maps, strict=True):
+            segments = _make_segments(found)
+            if return_similarity:
+                for segment, similarity_map in zip(segments, similarity_maps, strict=True):
+                    segment["similarity_map"] = similarity_map
+            segments = [segment for segment in segments if segment["score"] >= threshold]
+            peaks = list(map(map_peak, similarity_maps))
+            if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold):
+                segments = []
+            results.append({"answer": found["answer"], "segments": segments})
+        nested, start = [], 0
+        for count, is_single in model_outputs["layout"]:
+            nested.append(results[start] if is_single else results[start : start + count])
+            start += count
+        return nested
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        """One item, by the same way as a batch of items."""
+        batch = self._collate([self.preprocess(inputs, **preprocess_params)])
+        return self.postprocess(self.forward(batch, **forward_params), **postprocess_params)[0]
+
+    def run_batch(self, items: list[dict]) -> list:
+        """Results of items that went through [`preprocess`], nested as these were, with the pipeline's settings."""
+        outputs = self.forward(self._collate(items), **self._forward_params)
+        return self.postprocess(outputs, **self._postprocess_params)
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ):
+        """
+        Results item by item, computed batch by batch.
+
+        The base class pads what it knows and cuts batches by rows; here an item has one image and any number of
+        rows, and any number of segments comes out.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        kind = PipelineDataset if isinstance(inputs, Sized) else PipelineIterator
+        items = kind(inputs, self.preprocess, preprocess_params)
+        loader = DataLoader(items, batch_size=batch_size, num_workers=num_workers, collate_fn=self._collate)
+        for batch in loader:
+            yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save model, processor and code, so that `pipeline("referring-segmentation", model=save_directory)` works."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        custom_object_save(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
+        """The last step of `push_to_hub`: the empty card of the base class gives way to the model's."""
+        self.model.prepare_upload(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _collate(self, items: list[dict]) -> dict:
+        """One batch of several items: rows padded on the left to the longest, image numbers counted on."""
+        inputs = [item["inputs"] for item in items]
+        length = max(tensors["input_ids"].shape[1] for tensors in inputs)
+        fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
+        batch = {}
+        for name in inputs[0]:
+            values = [tensors[name] for tensors in inputs]
+            if name in fills:
+                values = [
+                    torch.nn.functional.pad(value, (length - value.shape[1], 0), value=fills[name]) for value in values
+                ]
+            elif name == "image_index":
+                values = [value + number for number, value in enumerate(values)]
+            batch[name] = torch.cat(values)
+        return {
+            "inputs": batch,
+            "queries": [query for item in items for query in item["queries"]],
+            "layout": [(len(item["queries"]), item["is_single"]) for item in items],
+        }
+
+    def _plain_queries(self, texts: list[str]) -> list[str | None]:
+        """The queries, with `None` where a text is a whole prompt."""
+        return [None if self.processor.image_token in text else text for text in texts]
+
+    def _similarity_maps(self, outputs) -> list[list]:
+        """Per row, the similarity maps of its segments, without the tokens that see padding only."""
+        maps = [[] for _ in range(len(outputs["sequences"]))]
+        for row, similarity_map in zip(outputs["segment_row"].tolist(), outputs["similarity_map"], strict=True):
+            valid = outputs["valid_sizes"][outputs["image_index"][row]]
+            rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
+            maps[row].append(similarity_map[:rows, :columns].float().numpy())
+        return maps
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
+
+
+def release_memory() -> None:
+    """Hand memory that nothing uses back to the device."""
+    gc.collect()
+    empty_cache = getattr(torch.get_device_module(), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+
+
+def halve_batch(inputs: dict) -> list[dict]:
+    """
+    A processor's output as two batches: half of the images each, or half of the queries of the only image.
+
+    Returns:
+        Two batches with the rows in order; one, the given, where there is a single query.
+    """
+    image_index, images = inputs["image_index"], len(inputs["original_sizes"])
+    by_image = images > 1
+    count = images if by_image else len(image_index)
+    if count < 2:
+        return [inputs]
+    numbers = image_index if by_image else torch.arange(count, device=image_index.device)
+    halves = []
+    for low, high in ((0, count // 2), (count // 2, count)):
+        rows = (numbers >= low) & (numbers < high)
+        half = {}
+        for name, value in inputs.items():
+            if name in ("input_ids", "attention_mask", "image_index"):
+                half[name] = value[rows]
+            else:
+                half[name] = value[low:high] if by_image else value
+        half["image_index"] = half["image_index"] - (low if by_image else 0)
+        halves.append(half)
+    return halves
+
+
+def _make_items(images, text):
+    """One item for an image, a list of items for a list of images."""
+    is_list = is_list_of_images(images)
+    flat, queries = pair_images_with_queries(images, text)
+    texts = list(text) if is_list and not isinstance(text, str) else [text]
+    items = [
+        {"image": image, "text": entry if isinstance(entry, str) else asked}
+        for image, asked, entry in zip(flat, queries, texts, strict=True)
+    ]
+    return items if is_list else items[0]
+
+
+def _make_segments(found: dict) -> list[dict]:
+    """One dictionary per segment of a post-processed query."""
+    masks = found["masks"].cpu().numpy()
+    rows = zip(
+        masks,
+        found["scores"].tolist(),
+        found["labels"],
+        found["boxes"].tolist(),
+        found["layers"].tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "mask": Image.fromarray(mask.astype("uint8") * 255),
+            "score": score,
+            "label": label,
+            "box": [int(side) for side in box],
+            "layer": layer,
+        }
+        for mask, score, label, box, layer in rows
+    ]
+
+
+__all__ = ["ReferringSegmentationPipeline"]

@@ -1,0 +1,84 @@
+"""What tokenizer and chat template must agree on: single-id tokens, and what stands around query and answer."""
+
+from dataclasses import dataclass
+
+# Stands for a query or an answer when a template is rendered to see what surrounds them; no template holds it.
+PLACEHOLDER = "zqxjk"
+
+
+def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
+    """
+    The id of a token, looked up by name.
+
+    Args:
+        tokenizer: any `PreTrainedTokenizerBase`.
+        token: its text, such as `"[SEG]"`.
+        required: whether it must exist; a token that exists must be one id in either case.
+
+    Returns:
+        The id, or `None` for a token that is not required and not in the vocabulary.
+
+    Raises:
+        ValueError: the token is missing, or is not kept whole inside of a text.
+    """
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    is_known = token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token
+    if not is_known and not required:
+        return None
+    context = f"a{token}."
+    if not is_known or tokenizer(context, add_special_tokens=False)["input_ids"].count(token_id) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(context, add_special_tokens=False)["input_ids"])
+        raise ValueError(f"the tokenizer must read {token} as exactly one id, but it reads {context!r} as {pieces}")
+    return token_id
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """
+    What a chat template writes around a query and an answer.
+
+    Attributes:
+        first: a conversation up to its first query, image included.
+        generation: from a query to the end of a prompt for generation, such as `" ASSISTANT:"`.
+        before_answer: from there to the answer.
+        after_answer: what closes the last answer.
+        next_turn: from an answer to the next query.
+    """
+
+    first: str
+    generation: str
+    before_answer: str
+    after_answer: str
+    next_turn: str
+
+    @classmethod
+    def of(cls, processor) -> "PromptFormat":
+        """
+        Read the format off the chat template of a processor.
+
+        Raises:
+            ValueError: the template drops content, or writes something else in front of an answer than it ends a
+                prompt for generation with.
+        """
+        question = {"role": "user", "content": [{"type": "text", "text": PLACEHOLDER}]}
+        opening = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PLACEHOLDER}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": PLACEHOLDER}]}
+        prompt = processor.apply_chat_template([opening, answer, question], add_generation_prompt=True)
+        closed = processor.apply_chat_template([opening, answer])
+        parts = prompt.split(PLACEHOLDER)
+        if len(parts) != 4 or not closed.startswith(PLACEHOLDER.join(parts[:2])) or not parts[1].startswith(parts[3]):
+            raise ValueError(
+                f"the chat template must repeat its generation prompt in front of an answer, got {prompt!r} with "
+                f"{PLACEHOLDER!r} for every text"
+            )
+        first, to_answer, next_turn, generation = parts
+        return cls(
+            first=first,
+            generation=generation,
+            before_answer=to_answer[len(generation) :],
+            after_answer=closed.rsplit(PLACEHOLDER, 1)[1],
+            next_turn=next_turn,
+        )
+
+
+__all__ = ["PLACEHOLDER", "PromptFormat", "resolve_token"]

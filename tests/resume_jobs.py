@@ -1,0 +1,49 @@
+"""The run that `test_resume` kills; a module of its own, so that a process can import it."""
+
+import time
+
+import torch
+from processes import forget_process_group
+from tiny import tiny_model
+from tiny_training import example, tiny_trainer
+
+from uground.training.mixture import Mixture, MixtureEpochs
+
+STEPS = 8
+
+
+def build(folder, baseline: str, **settings):
+    """A run with everything that has a state: dropout, schedule, moving average or critic, shuffling, a mixture."""
+    torch.manual_seed(1)
+    model = tiny_model(policy_baseline=baseline).train()
+    model.lmm.model.language_model.config.attention_dropout = 0.2
+    items = [{"image": example(number)["image"], "examples": [example(number)]} for number in range(10)]
+    mixture = Mixture([items[:4], items[4:]], [1.0, 2.0], epoch_size=6, seed=3)
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 2,
+    }
+    callbacks = {"callbacks": [MixtureEpochs(mixture)], "mixture": mixture}
+    trainer = tiny_trainer(folder, model=model, trainer=callbacks, **{**defaults, **settings})
+    trainer.train_dataset = mixture.dataset()
+    return trainer
+
+
+def run(folder, baseline: str, pause: float = 0.0) -> None:
+    """Train in a process of its own, resuming if there is something to resume; `pause` makes each step longer."""
+    torch.set_num_threads(1)
+    forget_process_group()
+    trainer = build(folder, baseline)
+    step = trainer.training_step
+
+    def slow_step(*args, **kwargs):
+        time.sleep(pause)
+        return step(*args, **kwargs)
+
+    trainer.training_step = slow_step
+    trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())

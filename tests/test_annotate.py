@@ -1,0 +1,290 @@
+"""The annotate command: every image and query exactly once, whatever happens in between; and memory that runs out."""
+
+import json
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tiny import tiny_model
+from tiny_processor import gradient_image, tiny_processor, write
+
+from uground.processing import ReferringSegmentationPipeline, annotate
+from uground.processing.pipeline_uground import halve_batch
+
+ANSWER = "the cup is [SEG] and a boat is [SEG] ."
+QUERIES = ["the red cup", "a tree"]
+SIZES = [(30, 50), (20, 20), (50, 30), (24, 40), (10, 30), (40, 12), (33, 21)]
+
+
+def make_pipe(answer=ANSWER):
+    pipe = ReferringSegmentationPipeline(
+        model=tiny_model(3), processor=tiny_processor(), task="referring-segmentation", device=-1
+    )
+    pipe._forward_params = write(pipe.processor, answer)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    (images / "deeper").mkdir(parents=True)
+    for number, (height, width) in enumerate(SIZES):
+        name = f"deeper/{number}.png" if number % 3 == 0 else f"{number}.jpg"
+        Image.fromarray(gradient_image(height, width)).save(images / name)
+    (images / "notes.txt").write_text("no image")
+    (tmp_path / "queries.txt").write_text("\n".join(QUERIES) + "\n\n")
+    return tmp_path
+
+
+def arguments(folder, *more, output="out", input="images", queries="queries.txt"):
+    words = ["--input", str(folder / input), "--queries", str(folder / queries), "--output", str(folder / output)]
+    return annotate.build_parser().parse_args([*words, "--shard-size", "2", "--batch-size", "2", *map(str, more)])
+
+
+def rows_of(folder, output="out"):
+    files = sorted((folder / output).glob("part-*.parquet"))
+    return [row for file in files for row in parquet.read_table(file).to_pylist()]
+
+
+def key(row):
+    return row["image"], row["query_index"]
+
+
+def test_every_image_is_asked_every_query(folder, pipe):
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    rows = rows_of(folder)
+    names = sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.[jp][pn]g"))
+    assert [key(row) for row in rows] == [(name, place) for name in names for place in (0, 1)]
+    assert [row["query"] for row in rows[:2]] == QUERIES and all(row["error"] is None for row in rows)
+    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*"))
+    for row in rows:
+        path = folder / "images" / row["image"]
+        expected = pipe(str(path), row["query"], generate_kwargs=write(pipe.processor, ANSWER))
+        assert row["answer"] == expected["answer"] == "the cup is [SEG] and a boat is [SEG]."
+        for segment, wanted in zip(row["segments"], expected["segments"], strict=True):
+            assert [segment[name] for name in ("label", "box", "layer")] == [
+                wanted[name] for name in ("label", "box", "layer")
+            ]
+            assert segment["score"] == pytest.approx(wanted["score"], abs=1e-5)
+            mask = coco_mask.decode({**segment["mask"], "counts": segment["mask"]["counts"].encode()})
+            assert np.array_equal(mask * 255, np.asarray(wanted["mask"])) and mask.any()
+
+
+def test_an_interrupted_run_goes_on_without_a_lost_or_doubled_row(folder, pipe, monkeypatch):
+    annotate.annotate(arguments(folder, "--batch-size", 1, output="whole"), lambda _: pipe)
+    asked, run_batch = [], pipe.run_batch
+
+    def dying(items):
+        asked.append(len(items))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return run_batch(items)
+
+    # One image a batch: the third batch is the first half of the second shard.
+    monkeypatch.setattr(pipe, "run_batch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        annotate.annotate(arguments(folder, "--batch-size", 1), lambda _: pipe)
+    assert len(rows_of(folder)) == 4
+    (folder / "out" / ".0123.partial").write_bytes(b"cut off")
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("part-*")}
+    annotate.annotate(arguments(folder, "--batch-size", 1), lambda _: pipe)
+    assert rows_of(folder) == rows_of(folder, "whole")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert not list((folder / "out").glob(".*"))
+    # Nothing is left to do, so nothing is loaded.
+    annotate.annotate(arguments(folder), lambda _: pytest.fail("loaded a model for nothing"))
+
+
+def test_processes_share_the_images_out(folder, pipe, monkeypatch):
+    annotate.annotate(arguments(folder, output="whole"), lambda _: pipe)
+    barrier, written, write_shard = threading.Barrier(2), [], annotate.Annotator.write_shard
+
+    def state():
+        number = int(threading.current_thread().name)
+        return SimpleNamespace(
+            process_index=number,
+            num_processes=2,
+            is_main_process=number == 0,
+            is_local_main_process=False,
+            wait_for_everyone=lambda: barrier.wait(timeout=120),
+        )
+
+    def note(self, shard, numbers, progress):
+        written.append((int(threading.current_thread().name), shard))
+        write_shard(self, shard, numbers, progress)
+
+    monkeypatch.setattr(annotate, "PartialState", state)
+    monkeypatch.setattr(annotate.Annotator, "write_shard", note)
+    pipes = [make_pipe(), make_pipe()]
+    run = [lambda own=own: annotate.annotate(arguments(folder), lambda _: own) for own in pipes]
+    threads = [threading.Thread(target=work, name=str(number)) for number, work in enumerate(run)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(written) == [(0, 0), (0, 2), (1, 1), (1, 3)]
+    assert rows_of(folder) == rows_of(folder, "whole")
+
+
+def test_a_bad_image_is_recorded_and_passed_over(folder, pipe):
+    (folder / "images" / "1.jpg").write_bytes((folder / "images" / "1.jpg").read_bytes()[:200])
+    (folder / "images" / "4.jpg").write_bytes(b"no image at all")
+    Image.fromarray(gradient_image(1, 40)).save(folder / "images" / "thin.png")
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    rows = rows_of(folder)
+    assert len(rows) == 16 and len({key(row) for row in rows}) == 16
+    failed = {row["image"]: row["error"] for row in rows if row["error"]}
+    assert set(failed) == {"1.jpg", "4.jpg", "thin.png"}
+    assert "no known image format" in failed["4.jpg"] and "at least 2 pixels" in failed["thin.png"]
+    assert all(row["answer"] is None and row["segments"] == [] for row in rows if row["error"])
+    assert all(len(row["segments"]) == 2 for row in rows if not row["error"])
+
+
+def test_queries_may_be_listed_per_image(folder, pipe):
+    lines = [{"image": "1.jpg", "query": "fish"}, {"image": "deeper/3.png", "queries": QUERIES}]
+    lines.append({"image": "1.jpg", "query": "a boat"})
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    annotate.annotate(arguments(folder, queries="queries.jsonl"), lambda _: pipe)
+    asked = [(row["image"], row["query"]) for row in rows_of(folder)]
+    assert asked == [
+        ("1.jpg", "fish"),
+        ("1.jpg", "a boat"),
+        ("deeper/3.png", QUERIES[0]),
+        ("deeper/3.png", QUERIES[1]),
+    ]
+
+
+def test_a_saved_dataset_is_an_input(folder, pipe):
+    paths = [str(folder / "images" / "1.jpg"), str(folder / "images" / "notes.txt")]
+    features = Features({"id": Value("string"), "picture": ImageFeature()})
+    Dataset.from_dict({"id": ["first", "second"], "picture": paths}, features).save_to_disk(str(folder / "data"))
+    annotate.annotate(arguments(folder, "--image-column", "picture", input="data"), lambda _: pipe)
+    rows = rows_of(folder)
+    assert [row["image"] for row in rows] == ["first"] * 2 + ["second"] * 2
+    assert rows[0]["error"] is None and rows[2]["error"]
+    with pytest.raises(ValueError, match="--image-column must be one of id, picture, got 'image'"):
+        annotate.annotate(arguments(folder, input="data", output="other"), lambda _: pipe)
+
+
+def test_images_are_prepared_a_few_ahead_and_in_order():
+    started, taken = [], []
+    for number in annotate.prefetch(range(20), lambda number: started.append(number) or number, 4):
+        taken.append(number)
+        assert len(started) <= len(taken) + 4
+    assert taken == list(range(20))
+
+
+BAD = {
+    "settings": (["--threshold", "0.5"], {}, "was begun with threshold=0.0, got 0.5; choose another folder"),
+    "batch": (["--batch-size", "0"], {}, "--batch-size must be at least 1, got 0"),
+    "input": ([], {"input": "nowhere"}, "does not exist"),
+    "no images": ([], {"input": "empty"}, "holds no images"),
+    "queries": ([], {"queries": "nothing.txt"}, "nothing.txt"),
+    "no queries": ([], {"queries": "blank.txt"}, "holds no queries"),
+    "no json": ([], {"queries": "bad.jsonl"}, "line 1 of .*bad.jsonl must be JSON"),
+    "no query": ([], {"queries": "none.jsonl"}, 'line 2 of .*must hold "image" and "query" or "queries"'),
+    "stranger": ([], {"queries": "stranger.jsonl"}, "line 1 of .*asks about the image '9.png', which is not in"),
+}
+
+
+@pytest.mark.parametrize("more, names, sentence", BAD.values(), ids=BAD)
+def test_mistakes_are_told_before_a_model_is_loaded(folder, pipe, more, names, sentence, monkeypatch):
+    (folder / "empty").mkdir()
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "bad.jsonl").write_text("{")
+    (folder / "none.jsonl").write_text('{"image": "1.jpg", "query": "a"}\n{"image": "1.jpg", "query": " "}')
+    (folder / "stranger.jsonl").write_text('{"image": "9.png", "query": "a"}')
+    if more[:1] == ["--threshold"]:
+        annotate.annotate(arguments(folder), lambda _: pipe)
+    with pytest.raises((OSError, ValueError), match=sentence):
+        annotate.annotate(arguments(folder, *more, **names), lambda _: pytest.fail("loaded a model"))
+
+
+def test_the_command_loads_a_checkpoint(folder):
+    model = make_pipe().model
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    words = ["--input", folder / "images", "--queries", folder / "queries.txt", "--output", folder / "out"]
+    command = [sys.executable, "-m", "uground.processing.annotate", *words, "--model", folder / "model"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"14 rows in 1 files in {folder / 'out'}, 0 of them failed" in done.stdout
+    assert all(row["answer"] for row in rows_of(folder))
+
+
+def test_a_mistake_is_one_line(folder, capsys):
+    assert annotate.main(["--input", "./nowhere", "--queries", "x.txt", "--output", str(folder / "out")]) == 2
+    assert capsys.readouterr().err == "annotate: error: --input ./nowhere does not exist\n"
+
+
+def fail_above(pipe, monkeypatch, rows, error):
+    sizes, segment = [], pipe.model.segment
+
+    def scarce(input_ids, **others):
+        sizes.append(len(input_ids))
+        if len(input_ids) > rows:
+            raise error
+        return segment(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(pipe.model, "segment", scarce)
+    return sizes
+
+
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("error", [OUT, RuntimeError("DefaultCPUAllocator: not enough memory"), MemoryError("no")])
+@pytest.mark.parametrize("texts", [[["a tree", "fish", "the cup"]], ["a tree", "the red cup"]])
+def test_a_batch_that_does_not_fit_is_halved(pipe, monkeypatch, texts, error):
+    images = [gradient_image(30, 50), gradient_image(50, 20)][: len(texts)]
+    settings = {"batch_size": 2, "max_new_tokens": 3, "return_similarity": True}
+    monkeypatch.setattr(pipe, "_forward_params", {})
+    expected = pipe(images, texts, **settings)
+    sizes = fail_above(pipe, monkeypatch, 2 if len(texts) == 1 else 1, error)
+    found = pipe(images, texts, **settings)
+    assert sizes == ([3, 1, 2] if len(texts) == 1 else [2, 1, 1])
+    if len(texts) == 1:
+        found, expected = found[0], expected[0]
+    assert [result["answer"] for result in found] == [result["answer"] for result in expected]
+    assert [len(result["segments"]) for result in found] == [len(result["segments"]) for result in expected]
+
+
+def test_half_a_batch_that_does_not_fit_is_an_error_that_says_what_to_lower(pipe, monkeypatch):
+    sizes = fail_above(pipe, monkeypatch, 0, OUT)
+    with pytest.raises(MemoryError, match="half a batch, 2 queries, does not fit into memory; lower batch_size, max_"):
+        pipe(gradient_image(30, 50), ["a tree", "fish", "the cup"])
+    assert sizes == [3, 1]
+    with pytest.raises(MemoryError, match="one query does not fit into memory; lower batch_size.*CUDA out of memory"):
+        pipe(gradient_image(30, 50), "a tree")
+    fail_above(pipe, monkeypatch, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        pipe(gradient_image(30, 50), "a tree")
+
+
+def test_halves_are_the_whole(pipe):
+    images = [gradient_image(30, 50), gradient_image(50, 20), gradient_image(9, 9)]
+    inputs = dict(pipe.processor(images, [["a tree", "fish"], ["the cup"], ["boat", "a cup"]]))
+    first, second = halve_batch(inputs)
+    assert first["image_index"].tolist() == [0, 0] and second["image_index"].tolist() == [0, 1, 1]
+    for name in set(inputs) - {"image_index"}:
+        assert torch.equal(torch.cat([first[name], second[name]]), inputs[name])
+    first, second = halve_batch(dict(pipe.processor(images[0], ["a tree", "fish", "boat"])))
+    assert len(first["input_ids"]) == 1 and second["image_index"].tolist() == [0, 0]
+    assert torch.equal(first["pixel_values"], second["pixel_values"])
+    single = dict(pipe.processor(images[0], "a tree"))
+    assert halve_batch(single) == [single]

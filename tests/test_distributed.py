@@ -1,0 +1,47 @@
+"""Two processes on the CPU do what one does: gradients, losses, baseline; also where one has nothing to segment."""
+
+import pytest
+import torch
+from distributed_jobs import CASES, MIXED, all_cases, policy_model, train
+from processes import run_in_processes
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, run_in_processes(all_cases, 2, folder / "results", folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradients_of_one(tmp_path, pair, case):
+    items, baseline, more = CASES[case]
+    alone = train(tmp_path, items, baseline, 4, **more)
+    first, second = (result["plain"][case] for result in pair[1])
+    assert first["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    for step, gradients in enumerate(alone["gradients"]):
+        both = first["gradients"][step]
+        assert set(gradients) <= set(both)
+        for name, gradient in both.items():
+            assert torch.equal(gradient, second["gradients"][step][name]), name
+            expected = gradients.get(name, torch.zeros_like(gradient))
+            torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4, msg=name)
+        gates = both["layer_policy.gates"].abs().max()
+        assert (gates > 1e-5) == (case != "no segment at all")
+    assert first["average"] == second["average"] == pytest.approx(alone["average"], abs=1e-5)
+    means = {name: value for name, value in alone["log"].items() if "/" in name}
+    assert {name: first["log"][name] for name in means} == pytest.approx(means, abs=1e-5)
+
+
+def test_sharded_processes_train_evaluate_and_save_as_one_does(tmp_path, pair):
+    folder, results = pair
+    alone = train(tmp_path, MIXED, "critic", 4, max_steps=3)
+    sharded = results[0]["sharded"]
+    assert sharded["kinds"] == {"DTensor"}
+    assert sharded["losses"] == results[1]["sharded"]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert any("eval_segment_rate" in entry for entry in sharded["log"])
+    saved = folder / "sharded" / "checkpoint-3"
+    assert not list(saved.glob("_fsdp*")), "the checkpoint must hold the model's own code"
+    model = type(policy_model("critic")).from_pretrained(saved)
+    assert not torch.equal(model.layer_policy.gates, policy_model("critic").layer_policy.gates)
+    assert float(model.layer_policy.reward_updates) == 3
+    assert list((folder / "sharded" / "cache").rglob("*.safetensors"))

@@ -1,0 +1,342 @@
+"""The evaluate command on a tiny random model: figures, styles, layers, resumption, several processes, mistakes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from miniatures import decoded, refer_family, reference
+from PIL import Image
+from tiny import END_TOKEN, REJECT_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_model
+from tiny_processor import TEMPLATE, gradient_image, tiny_processor, tiny_tokenizer
+
+from uground import UGroundForReferringSegmentation
+from uground.training import evaluate as command
+from uground.training.evaluate import EvaluationArguments, calibration_table, evaluate, main, table
+from uground.training.evaluation_answers import forced_answer, group_by_image, placed_targets, predict
+from uground.training.evaluation_data import evaluation_data
+from uground.training.evaluation_store import BlockStore
+from uground.training.metric_protocols import reduce_counts
+from uground.training.metrics import count_query
+
+NUM_LAYERS = tiny_config().num_layers
+
+
+def talkative_model(seed: int):
+    """A random model whose greedy answers now and then hold the segment, reject and end tokens."""
+    model = tiny_model(seed)
+    with torch.no_grad():
+        model.lmm.lm_head.weight[[SEGMENT_TOKEN, REJECT_TOKEN, END_TOKEN]] *= 2.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    talkative_model(3).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def settings(checkpoint, **changes):
+    return EvaluationArguments(
+        **{"model": checkpoint, "count": 5, "batch_size": 2, "max_new_tokens": 4, "layers": ["last"], **changes}
+    )
+
+
+def comparable(results):
+    """Results without what says where and when."""
+    return {name: value for name, value in results.items() if name not in ("command", "date", "commit", "overlays")}
+
+
+def rows_of(folder):
+    return parquet.read_table(folder / "predictions.parquet").to_pylist()
+
+
+def test_the_command_writes_what_it_prints(checkpoint, tmp_path, capsys):
+    arguments = ["--model", checkpoint, "--count", "5", "--batch-size", "2", "--max-new-tokens", "4"]
+    arguments += ["--layers", "last", "argmax", "--protocol", "ordered", "rela", "muse", "--overlays", "1"]
+    main([*arguments, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    for protocol in ("ordered", "rela", "muse"):
+        assert table(results, protocol) in printed
+        assert f"| {protocol} | generate | argmax | overall | 5 |" in printed
+    assert calibration_table(results) in printed
+    assert results["command"] == " ".join(
+        ["python -m uground.training.evaluate", *arguments, "--output", str(tmp_path)]
+    )
+    assert (results["style"], results["protocol"], results["seed"], results["counts"]["overall"]) == (
+        "generate",
+        "ordered",
+        0,
+        5,
+    )
+    assert {"torch", "transformers", "uground"} <= set(results["versions"])
+    # the figures, once more, from the predictions and the scenes
+    rows = [row for row in rows_of(tmp_path) if row["layer_selection"] == "argmax"]
+    assert [row["index"] for row in rows] == list(range(5))
+    example = evaluation_data("scenes", None, "test", 5, 0).example
+    queries = []
+    for row in rows:
+        wanted = example(row["index"])
+        assert (row["id"], row["query"], row["expected"]) == (wanted["id"], wanted["query"], wanted["answer"])
+        assert row["answer"].count("[SEG]") == len(row["masks"]) == len(row["scores"]) == len(row["layers"])
+        size = (0, wanted["image"].height, wanted["image"].width)
+        found = np.array([decoded(rle) for rle in row["masks"]], dtype=bool).reshape(-1, *size[1:])
+        target = np.array([decoded(rle) for rle in wanted["masks"]], dtype=bool).reshape(-1, *size[1:])
+        queries.append(count_query(found, target, wanted["attribute"], scores=row["scores"]))
+    assert sum(len(row["masks"]) for row in rows) > 0
+    assert results["figures"]["argmax"]["overall"] == reduce_counts(queries, "ordered")
+    assert results["more_figures"]["muse"]["argmax"]["overall"] == reduce_counts(queries, "muse")
+    pictures = sorted(path.name[:8] for path in (tmp_path / "overlays").iterdir())
+    assert pictures == ["best-01-", "worst-01"]
+    assert not (tmp_path / "partial").exists()
+
+
+def test_an_interrupted_run_is_taken_up(checkpoint, tmp_path, monkeypatch):
+    wanted = evaluate(settings(checkpoint, layers=["last", "mc"], output=str(tmp_path / "whole")))
+    measured, real = [], command._measure_block
+
+    def interrupted(number, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(number)
+        return real(number, *rest)
+
+    folder = tmp_path / "broken"
+    arguments = settings(checkpoint, layers=["last", "mc"], output=str(folder))
+    monkeypatch.setattr(command, "_measure_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(arguments)
+    (file,) = (folder / "partial").glob("blocks-*.jsonl")
+    # killed while it wrote: half a line of the second block is left
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][: len(lines[1]) // 2])
+    with pytest.raises(ValueError, match="interrupted evaluation with seed=0, got 1; finish it with its settings, or"):
+        evaluate(settings(checkpoint, layers=["last", "mc"], output=str(folder), seed=1))
+    measured.clear()
+    monkeypatch.setattr(
+        command, "_measure_block", lambda number, *rest: measured.append(number) or real(number, *rest)
+    )
+    assert comparable(evaluate(arguments)) == comparable(wanted)
+    assert measured == [1, 2]
+    assert rows_of(folder) == rows_of(tmp_path / "whole")
+    assert not (folder / "partial").exists()
+
+
+def _command(rank: int, port: int, arguments) -> subprocess.Popen:
+    """One of two processes of the evaluate command, as a launcher starts them."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in told.items()}, "ACCELERATE_USE_CPU": "true"}
+    # Another number of threads adds up in another order.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    flags = []
+    for name in ("model", "dataset", "split", "count", "seed", "layers", "batch_size", "max_new_tokens", "protocol"):
+        value = getattr(arguments, name)
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    program = [sys.executable, "-m", "uground.training.evaluate", *flags, "--output", arguments.output]
+    return subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_give_the_figures_of_one(checkpoint, tmp_path):
+    choices = {"layers": ["last", "mc"], "protocol": ["ordered", "muse"]}
+    wanted = evaluate(settings(checkpoint, output=str(tmp_path / "one"), **choices))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = settings(checkpoint, output=str(tmp_path / "two"), **choices)
+    processes = [_command(rank, port, arguments) for rank in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert comparable(results) == json.loads(json.dumps(comparable(wanted)))
+    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
+    assert not (tmp_path / "two" / "partial").exists()
+
+
+@pytest.mark.parametrize("style", ["generate", "teacher-forced"])
+def test_all_layers_from_one_pass(checkpoint, monkeypatch, style):
+    passes = []
+    real = UGroundForReferringSegmentation.read_masks
+    monkeypatch.setattr(
+        UGroundForReferringSegmentation, "read_masks", lambda self, *a: passes.append(a[1]) or real(self, *a)
+    )
+    encoded = []
+    real_encode = UGroundForReferringSegmentation.get_image_embeddings
+    monkeypatch.setattr(
+        UGroundForReferringSegmentation,
+        "get_image_embeddings",
+        lambda self, *a, **k: encoded.append(1) or real_encode(self, *a, **k),
+    )
+    every = evaluate(settings(checkpoint, layers=["all"], style=style, batch_size=5))
+    assert passes == list(range(NUM_LAYERS)) and len(encoded) == 1
+    assert list(every["figures"]) == [str(layer) for layer in range(NUM_LAYERS)]
+    last = evaluate(settings(checkpoint, layers=["last"], style=style, batch_size=5))
+    assert every["figures"][str(NUM_LAYERS - 1)] == last["figures"]["last"]
+    assert len({json.dumps(figures) for figures in every["figures"].values()}) > 1
+
+
+def example(image, query, answer, *masks, **fields):
+    coded = [command.encode_mask(mask) for mask in masks]
+    return {
+        "id": query,
+        "image": image,
+        "query": query,
+        "answer": answer,
+        "masks": coded,
+        "phrases": ["x"] * len(coded),
+        "ignore": None,
+        "attribute": "res",
+        "subset": None,
+        **fields,
+    }
+
+
+# With one of these random models the reject token is likelier everywhere, with the other nowhere.
+@pytest.mark.parametrize(("seed", "rejects"), [(3, False), (4, True)])
+def test_forced_answers_are_those_of_the_model_in_one_forward(seed, rejects):
+    model, processor = talkative_model(seed), tiny_processor()
+    wide, tall = Image.fromarray(gradient_image(24, 40)), Image.fromarray(gradient_image(40, 30))
+    left, right = np.zeros((24, 40), dtype=bool), np.ones((24, 40), dtype=bool)
+    left[:, :20] = True
+    examples = [
+        example(wide, "the red cup", "[SEG].", left),
+        example(tall, "fish", "[REJ]."),
+        example(
+            wide.copy(),
+            "the cup and the tree",
+            "the cup is [SEG] and the tree is [REJ] and boat is [SEG].",
+            left,
+            right,
+        ),
+        example(tall, "what can swim", "There is no fish."),
+    ]
+    found = predict(model, processor, examples, [2, "argmax"], "teacher-forced")
+    answers = ["[SEG].", "[SEG].", "the cup is [SEG] and the tree is [SEG] and boat is [SEG].", "[SEG]."]
+    flags = []
+    for number, (one, answer) in enumerate(zip(examples, answers, strict=True)):
+        inputs = processor([one["image"]], [one["query"]], answers=[answer])
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, layer_selection=2)
+        masks = (
+            processor.post_process_masks(
+                outputs.mask_logits[None], inputs["sam_valid_sizes"], inputs["original_sizes"]
+            )[0]
+            > 0
+        )
+        prediction = found[2][number]
+        np.testing.assert_array_equal(prediction.masks, masks.numpy())
+        assert prediction.answer == answer and prediction.layers == [2] * answer.count("[SEG]")
+        places = (inputs["input_ids"][0] == SEGMENT_TOKEN).nonzero()[:, 0] - 1
+        logits = outputs.logits[0, places]
+        expected = (logits[:, REJECT_TOKEN] > logits[:, SEGMENT_TOKEN]).tolist()
+        assert prediction.rejected == expected
+        flags += expected
+    assert set(flags) == {rejects}
+    assert [one.targets.any((1, 2)).tolist() for one in found[2]] == [[True], [False], [True, False, True], [False]]
+    np.testing.assert_array_equal(found["argmax"][2].targets[2], right)
+
+
+def test_forced_answers_do_not_give_absence_away():
+    processor = tiny_processor()
+    absent = example(Image.new("RGB", (6, 5)), "q", "There is none: [REJ].")
+    assert forced_answer(processor, absent, "It is [SEG].") == "It is [SEG]."
+    assert placed_targets(processor, absent).shape == (1, 5, 6)
+    mixed = {
+        **absent,
+        "answer": "a is [REJ], b is [SEG].",
+        "masks": [command.encode_mask(np.ones((5, 6), dtype=bool))],
+    }
+    assert forced_answer(processor, mixed, "It is [SEG].") == "a is [SEG], b is [SEG]."
+    assert placed_targets(processor, mixed).any((1, 2)).tolist() == [False, True]
+
+
+def test_equal_images_are_encoded_once():
+    one, other = Image.new("RGB", (6, 5), "red"), Image.new("RGB", (6, 5), "blue")
+    images, groups = group_by_image([{"image": image} for image in (one, other, one.copy(), other, one)])
+    assert groups == [[0, 2, 4], [1, 3]] and images == [one, other]
+
+
+def test_published_datasets_are_measured_from_their_files(checkpoint, tmp_path):
+    sentences = (
+        {"sent": "red cup", "is_false_premise": False},
+        {"sent": "fish", "is_false_premise": True, "gt_sent": "cup"},
+    )
+    folder = ("fprefcoco", "refs(berkeley_exclude_unified).p")
+    root = str(refer_family(tmp_path, *folder, [reference(1, 10, "val", *sentences)]))
+    results = evaluate(
+        settings(checkpoint, dataset="fprefcoco", root=root, split="val", count=None, style="teacher-forced")
+    )
+    assert (results["protocol"], results["style"], results["count"]) == ("sesame", "teacher-forced", 2)
+    assert results["counts"] == {"overall": 2, "fp_res": 1, "res": 1}
+    assert "answers_as_written" not in results
+    assert "| sesame | teacher-forced | last | overall | 2 |" in table(results)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "refkoko"}, "there is no dataset 'refkoko'; there are: scenes, refcoco, "),
+        ({"split": "val"}, "scenes has no split 'val'; it has: train, validation, test"),
+        ({"dataset": "refcoco", "split": "val"}, "refcoco is read from its original files: name the folder"),
+        ({"dataset": "llava-instruct", "split": "train"}, "llava-instruct has no masks to measure"),
+        ({"protocol": ["coco"]}, "there is no protocol 'coco'; scenes is measured under ordered, lisa, rela, gsva, "),
+        ({"layers": ["first"]}, r"--layers must be last, argmax, sample, mc, all, or numbers in 0..4, got 'first'"),
+        ({"layers": [5]}, r"numbers in 0..4, got 5"),
+    ],
+)
+def test_what_cannot_be_measured(checkpoint, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(settings(checkpoint, **changes))
+
+
+def test_a_dataset_has_its_own_protocols(checkpoint, tmp_path):
+    root = str(refer_family(tmp_path, "refcoco", "refs(unc).p", [reference(1, 10, "val", "cup")]))
+    with pytest.raises(ValueError, match="refcoco is measured under lisa, ordered, got 'muse'"):
+        evaluate(settings(checkpoint, dataset="refcoco", root=root, split="val", protocol=["muse"]))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "style"), [("rela", "generate"), ("gsva", "generate"), ("sesame", "teacher-forced")]
+)
+def test_a_model_that_cannot_reject_has_no_place_in_a_presence_protocol(tmp_path, protocol, style):
+    tiny_processor(tiny_tokenizer(("[SEG]",)), TEMPLATE).save_pretrained(tmp_path)
+    message = (
+        rf"protocol {protocol} \({style}\) needs a model that can write \[REJ\], but the tokenizer of .* does not"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(str(tmp_path), protocol=[protocol], style=style))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "--count must be at least 1, got 0"),
+        ({"overlays": -1}, "--overlays must be at least 0, got -1"),
+        ({"overlays": 2}, "--overlays are written to a folder: name it with --output"),
+        ({"style": "guess"}, "--style must be one of generate, teacher-forced, got 'guess'"),
+        ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+    ],
+)
+def test_flags_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings("m", **changes)
+
+
+def test_the_command_ends_in_one_sentence(tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main(["--dataset", "reasonseg", "--root", str(tmp_path), "--split", "val"])
+    assert error.value.code.startswith("evaluate: reasonseg is incomplete under") and "\n" not in error.value.code
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path):
+    store = BlockStore(None, {})
+    store.add({"block": 0})
+    assert store.finished() == {}
+    store.clear()

@@ -1,0 +1,174 @@
+"""The pipeline: nesting, batching, arguments and refusals, on a tiny random model told what to write."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+from tiny_processor import gradient_image, tiny_processor, write
+from transformers import pipeline
+
+from uground.processing import ReferringSegmentationPipeline
+
+ANSWER = "the cup is [SEG] and a boat is [SEG] ."
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ReferringSegmentationPipeline(
+        model=tiny_model(), processor=tiny_processor(), task="referring-segmentation", device=-1
+    )
+
+
+def ask(pipe, *inputs, answer=ANSWER, **kwargs):
+    return pipe(*inputs, generate_kwargs=write(pipe.processor, answer), **kwargs)
+
+
+def assert_same(one, other):
+    """Same words and layers, same masks, scores to rounding."""
+    assert one["answer"] == other["answer"] and len(one["segments"]) == len(other["segments"])
+    for a, b in zip(one["segments"], other["segments"], strict=True):
+        assert (a["label"], a["layer"], a["box"]) == (b["label"], b["layer"], b["box"])
+        assert np.array_equal(np.asarray(a["mask"]), np.asarray(b["mask"]))
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_one_query_gives_plain_values(pipe):
+    result = ask(pipe, gradient_image(30, 50), "the red cup")
+    assert result["answer"] == "the cup is [SEG] and a boat is [SEG]."
+    assert [segment["label"] for segment in result["segments"]] == ["the cup", "a boat"]
+    for segment in result["segments"]:
+        assert set(segment) == {"mask", "score", "label", "box", "layer"}
+        assert segment["mask"].mode == "L" and segment["mask"].size == (50, 30)
+        assert set(np.unique(np.asarray(segment["mask"]))) <= {0, 255}
+        assert type(segment["score"]) is float and 0.0 <= segment["score"] <= 1.0
+        assert type(segment["layer"]) is int and all(type(side) is int for side in segment["box"])
+        assert segment["box"] == list(segment["mask"].getbbox())
+
+
+def test_absent_object_gives_no_segments(pipe):
+    assert ask(pipe, gradient_image(30, 50), "a tree", answer="[REJ]") == {"answer": "[REJ]", "segments": []}
+
+
+def test_several_queries_encode_the_image_once(pipe, monkeypatch):
+    encoded = []
+    original = pipe.model.get_image_embeddings
+
+    def counting(pixel_values, *args, **kwargs):
+        encoded.append(len(pixel_values))
+        return original(pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "get_image_embeddings", counting)
+    image = gradient_image(30, 50)
+    results = ask(pipe, image, ["the red cup", "a tree and the blue boat"], answer="it is [SEG] .")
+    assert encoded == [1]
+    assert [result["segments"][0]["label"] for result in results] == ["the red cup", "a tree and the blue boat"]
+    for query, result in zip(["the red cup", "a tree and the blue boat"], results, strict=True):
+        assert_same(result, ask(pipe, image, query, answer="it is [SEG] ."))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_batches_equal_one_by_one(pipe, batch_size, monkeypatch):
+    items = [
+        {"image": gradient_image(30, 50), "text": "the red cup"},
+        {"image": gradient_image(64, 20), "text": ["a tree", "what can swim and is red"]},
+        {"image": Image.fromarray(gradient_image(9, 9)), "text": ["the blue boat"]},
+    ]
+    calls = []
+    original = pipe.model.segment
+    monkeypatch.setattr(pipe.model, "segment", lambda **inputs: calls.append(1) or original(**inputs))
+    together = ask(pipe, items, batch_size=batch_size)
+    assert len(calls) == -(-len(items) // batch_size)
+    assert isinstance(together[0], dict) and len(together[1]) == 2 and len(together[2]) == 1
+    alone = [ask(pipe, item) for item in items]
+    flat = [[results] if isinstance(results, dict) else results for results in (*together, *alone)]
+    for one, other in zip(flat[:3], flat[3:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+
+
+def test_every_way_to_hand_in_images(pipe, tmp_path):
+    image = gradient_image(30, 50)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = ask(pipe, image, "the red cup")
+    assert_same(expected, ask(pipe, str(tmp_path / "image.png"), "the red cup"))
+    assert_same(expected, ask(pipe, {"image": image, "text": "the red cup"}))
+    assert_same(expected, ask(pipe, image=image, text="the red cup"))
+    assert_same(expected, ask(pipe, images=[image, image], text=["the red cup", "a tree"])[0])
+    assert_same(expected, ask(pipe, np.stack([image, image]), ["a tree", "the red cup"])[1])
+    nested = ask(pipe, [image, image], [["the red cup", "a tree"], "a tree"])
+    assert_same(expected, nested[0][0])
+    assert_same(nested[0][1], nested[1])
+    stream = ask(pipe, ({"image": image, "text": "the red cup"} for _ in range(3)), batch_size=2)
+    assert not isinstance(stream, list)
+    for result in stream:
+        assert_same(expected, result)
+    assert pipe([]) == []
+
+
+def test_call_arguments_reach_their_stage(pipe):
+    image = gradient_image(30, 50)
+    last = ask(pipe, image, "a tree", layer_selection="last", return_similarity=True)
+    assert [segment["layer"] for segment in last["segments"]] == [4, 4]
+    assert last["segments"][0]["similarity_map"].shape == (3, 4)
+    assert last["segments"][0]["similarity_map"].dtype == np.float32
+    assert [segment["layer"] for segment in ask(pipe, image, "a tree", layer_selection=2)["segments"]] == [2, 2]
+    assert ask(pipe, image, "a tree", threshold=1.1)["segments"] == []
+    everything = ask(pipe, image, "a tree", mask_threshold=-1e9)["segments"][0]["mask"]
+    assert (np.asarray(everything) == 255).all()
+    assert len(pipe(image, "a tree", max_new_tokens=2)["answer"].split()) <= 2
+    assert len(ask(pipe, image, "a tree", layer_selection="mc", num_layer_samples=3)["segments"]) == 2
+
+
+def test_arguments_of_the_constructor_are_defaults(pipe):
+    strict = ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, threshold=1.1)
+    assert ask(strict, gradient_image(30, 50), "a tree")["segments"] == []
+    assert len(ask(strict, gradient_image(30, 50), "a tree", threshold=0.0)["segments"]) == 2
+
+
+def test_unknown_arguments_are_refused(pipe):
+    with pytest.raises(TypeError, match="does not know max_tokens, top; it takes max_new_tokens"):
+        pipe(gradient_image(8, 8), "a tree", max_tokens=3, top=1)
+    with pytest.raises(TypeError, match="does not know treshold"):
+        ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, treshold=0.5)
+
+
+def test_unusable_inputs_are_refused(pipe):
+    image = gradient_image(8, 8)
+    with pytest.raises(ValueError, match="text is needed with an image, got str alone"):
+        pipe("image.png")
+    with pytest.raises(ValueError, match="text is needed with an image, got Image alone"):
+        pipe(Image.fromarray(image))
+    with pytest.raises(ValueError, match="images must be given once.*got 2"):
+        pipe(image, "a", image=image)
+    with pytest.raises(ValueError, match="images must be given once.*got 0"):
+        pipe(text="a")
+    with pytest.raises(ValueError, match="an item must be .* got ndarray"):
+        pipe([image])
+    with pytest.raises(ValueError, match=r"an item must be .* got \['image', 'query'\]"):
+        pipe({"image": image, "query": "a"})
+    with pytest.raises(ValueError, match="expected 2, got 1"):
+        pipe([image, image], ["a"])
+    with pytest.raises(ValueError, match="must not be empty"):
+        pipe(image, ["a", " "])
+    with pytest.raises(ValueError, match="needs a processor"):
+        ReferringSegmentationPipeline(model=pipe.model, device=-1)
+
+
+@pytest.mark.parametrize("part", ["lmm", "mask_decoder"])
+def test_nan_weights_are_an_error_and_no_empty_result(part):
+    model = tiny_model()
+    with torch.no_grad():
+        next(getattr(model, part).parameters()).fill_(torch.nan)
+    broken = ReferringSegmentationPipeline(model=model, processor=tiny_processor(), device=-1)
+    with pytest.raises(ValueError, match="NaN"):
+        ask(broken, gradient_image(8, 8), "a tree", answer="[SEG]")
+
+
+def test_saved_pipeline_loads_as_a_task(pipe, tmp_path):
+    image = gradient_image(30, 50)
+    expected = ask(pipe, image, "the red cup")
+    pipe.save_pretrained(tmp_path)
+    for options in ({}, {"processor": pipe.processor}):
+        loaded = pipeline("referring-segmentation", model=str(tmp_path), trust_remote_code=True, device=-1, **options)
+        assert_same(expected, ask(loaded, image, "the red cup"))

@@ -1,0 +1,117 @@
+"""Prepared datasets and Scenes on the Hub: card, one commit, pictures inside."""
+
+import pyarrow.parquet as parquet
+import pytest
+from huggingface_hub import DatasetCard
+from loopback_hub import LoopbackHub, connected
+
+from uground.hub.publish_data import main
+from uground.training.data.prepared import write_prepared
+from uground.training.scenes import scenes
+
+DATA = "someone/data"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with LoopbackHub() as server, connected(server, monkeypatch, tmp_path):
+        yield server
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A prepared folder whose pictures lie beside it."""
+    folder = tmp_path / "prepared"
+    for split, count in (("train", 3), ("validation", 2)):
+        examples = []
+        for number, example in enumerate(scenes(split, count, seed=0)):
+            path = tmp_path / f"{split}-{number}.png"
+            example["image"].save(path)
+            examples.append({**example, "image": str(path), "subset": None})
+        write_prepared(examples, folder, split)
+    return folder
+
+
+def read_published(hub, split: str, tmp_path) -> list[dict]:
+    file = hub.repository(DATA, "dataset").head.files[f"data/{split}-00000-of-00001.parquet"]
+    (tmp_path / "published.parquet").write_bytes(file.data)
+    return parquet.read_table(tmp_path / "published.parquet").to_pylist()
+
+
+def test_prepared_folder_goes_in_one_commit_with_its_pictures(prepared, tmp_path, hub):
+    assert main([str(prepared), "--repo-id", DATA, "--license", "cc-by-4.0"]) == 0
+    repository = hub.repository(DATA, "dataset")
+    assert len(repository.commits) == 2
+    rows = read_published(hub, "train", tmp_path)
+    expected = list(scenes("train", 3, seed=0))
+    assert [row["query"] for row in rows] == [example["query"] for example in expected]
+    assert [row["masks"] for row in rows] == [example["masks"] for example in expected]
+    assert rows[0]["image"]["bytes"] == (tmp_path / "train-0.png").read_bytes()
+    assert rows[0]["image"]["path"] == "train-0.png", "no path of this machine"
+
+    sent = len(hub.uploads())
+    assert main([str(prepared), "--repo-id", DATA, "--license", "cc-by-4.0"]) == 0
+    assert len(hub.uploads()) == sent
+    assert len(repository.commits) == 2
+
+
+def test_card_counts_the_examples(prepared, hub):
+    assert main([str(prepared), "--repo-id", DATA, "--license", "cc-by-4.0"]) == 0
+    card = DatasetCard(hub.repository(DATA, "dataset").head.files["README.md"].data.decode())
+    assert card.data.license == "cc-by-4.0"
+    assert [entry["split"] for entry in card.data.configs[0]["data_files"]] == ["train", "validation"]
+    rows = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in card.text.splitlines() if "|" in line}
+    assert rows["train"] == "3"
+    assert rows["validation"] == "2"
+
+
+def test_scenes(hub, tmp_path):
+    assert main(["scenes", "--repo-id", DATA, "--count", "2", "--seed", "5"]) == 0
+    rows = read_published(hub, "test", tmp_path)
+    assert [row["query"] for row in rows] == [example["query"] for example in scenes("test", 2, seed=5)]
+    card = hub.repository(DATA, "dataset").head.files["README.md"].data.decode()
+    assert "Seed 5." in card
+    assert "license: apache-2.0" in card
+
+
+def test_dry_run_uses_no_network(prepared, monkeypatch, tmp_path, capsys):
+    with LoopbackHub() as server, connected(server, monkeypatch, tmp_path, token=None):
+        assert main([str(prepared), "--repo-id", DATA, "--dry-run"]) == 0
+        assert server.requests == []
+    printed = capsys.readouterr().out
+    assert "data/train-00000-of-00001.parquet" in printed
+    assert "license_name: see-the-original-data" in printed
+
+
+def lose_picture(folder):
+    (folder.parent / "train-1.png").unlink()
+
+
+def lose_data(folder):
+    (folder / "data").rename(folder / "elsewhere")
+
+
+def lose_mask(folder):
+    example = next(example for example in scenes("test", 50, seed=0) if example["masks"])
+    write_prepared([{**example, "masks": [], "subset": None}], folder, "test")
+
+
+def lose_column(folder):
+    path = next((folder / "data").glob("train-*.parquet"))
+    parquet.write_table(parquet.read_table(path).drop_columns(["answer"]), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lose_picture, "the picture of example"),
+        (lose_data, "holds no prepared dataset"),
+        (lose_mask, "must have one mask per [SEG], got 0 for"),
+        (lose_column, "lacks the columns answer"),
+    ],
+)
+def test_refused_before_the_first_byte(spoil, expected, prepared, hub, capsys):
+    spoil(prepared)
+    assert main([str(prepared), "--repo-id", DATA]) != 0
+    assert expected in capsys.readouterr().err
+    assert hub.requests == []

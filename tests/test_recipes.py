@@ -1,0 +1,160 @@
+"""Every recipe is read and runs two steps on a tiny stand-in; so does the command, from a user's own file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_model
+from tiny_processor import gradient_image, tiny_processor
+from trl import TrlParser
+
+from uground.training.finetune import FinetuneArguments, finetune, main
+from uground.training.trainer import UGroundTrainingConfig
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+ACCELERATE = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
+# What a stand-in on the CPU cannot follow.
+STAND_IN = {
+    "max_steps": "2",
+    "per_device_train_batch_size": "2",
+    "gradient_accumulation_steps": "1",
+    "bf16": "false",
+    "use_cpu": "true",
+    "dtype": "float32",
+    "quantization": "none",
+    "dataloader_num_workers": "0",
+    "dataloader_pin_memory": "false",
+    "eval_scene_count": "0",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "max_length": "200",
+    "disable_tqdm": "true",
+    "report_to": "none",
+    "logging_steps": "1",
+    "warmup_steps": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A tiny checkpoint and a JSONL of a user's own images."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+    lines = []
+    for number in range(6):
+        Image.fromarray(np.roll(gradient_image(40, 48), 5 * number, 1)).save(folder / f"{number}.png")
+        square = [2 + number, 2, 20, 2, 20, 30, 2 + number, 30]
+        lines.append({"image": f"{number}.png", "query": "the red cup", "masks": [[square]] if number % 3 else []})
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def command(stand_in, output, recipe: Path | None = None, **settings) -> list[str]:
+    """Arguments of the command for a stand-in run."""
+    chosen = {
+        "model": stand_in / "model",
+        "train_data": stand_in / "mine.jsonl",
+        "output_dir": output,
+        **STAND_IN,
+        **settings,
+    }
+    if recipe is not None and "dataloader_prefetch_factor" in recipe.read_text():
+        chosen["dataloader_num_workers"] = "1"
+    arguments = [] if recipe is None else ["--config", str(recipe)]
+    return arguments + [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+
+
+def parse(arguments: list[str]):
+    return TrlParser((FinetuneArguments, UGroundTrainingConfig)).parse_args_and_config(arguments)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_on_a_stand_in(stand_in, tmp_path, recipe):
+    arguments, config = parse(command(stand_in, tmp_path, recipe))
+    trainer = finetune(arguments, config)
+    assert trainer.state.global_step == 2
+    assert {"loss/text", "loss/mask_dice"} <= set(trainer.state.log_history[0]) | set(trainer.state.log_history[1])
+    saved = "adapter_model.safetensors" if arguments.lora_rank else "model.safetensors"
+    assert (tmp_path / saved).is_file() and (tmp_path / "processor_config.json").is_file()
+
+
+def test_the_recipes_of_the_issue_are_there_and_keep_the_official_numbers():
+    names = {path.stem for path in RECIPES}
+    assert {"tiny", "llava-7b-lora", "llava-13b-lora", "llava-7b-qlora", "llava-7b-full-fsdp"} <= names
+    for name, rank in (("llava-7b-lora", 8), ("llava-13b-lora", 64)):
+        text = (RECIPES[0].parent / f"{name}.yaml").read_text()
+        assert f"lora_rank: {rank}\n" in text and "learning_rate: 3.0e-4\n" in text
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert "LlamaDecoderLayer" in config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def test_tensorboard_gets_scalars_the_layer_histogram_and_overlays(stand_in, tmp_path):
+    settings = {
+        "report_to": "tensorboard",
+        "eval_strategy": "steps",
+        "eval_steps": "2",
+        "eval_data": stand_in / "mine.jsonl",
+        "eval_generate_count": "3",
+        "eval_max_new_tokens": "4",
+        "eval_overlays": "2",
+        "logging_steps": "1",
+        "train_weights": "1.0",
+        "epoch_size": "4",
+    }
+    main(command(stand_in, tmp_path, **settings))
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    written = EventAccumulator(str(events)).Reload().Tags()
+    assert {"layers", "answers/0", "answers/1"} <= set(written["images"])
+    wanted = {"train/loss/mask_bce", "train/policy/reward", "train/policy/entropy", "train/layer/0"}
+    assert wanted | {"eval/segment_rate", "eval/loss"} <= set(written["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "4bit"}, "quantised weights cannot be trained themselves"),
+        ({"lora_rank": "4", "adapter": "somewhere"}, "--lora_rank for a new adapter or --adapter for a saved one"),
+        ({"train_data": "nowhere.jsonl"}, "the data file nowhere.jsonl does not exist"),
+        ({"train_data": "nowhere"}, "nowhere holds no prepared dataset"),
+        ({"train_weights": "-1.0"}, "weights of sources must be at least 0"),
+        ({"train_layer_selection": "best"}, "train_layer_selection must be one of"),
+    ],
+)
+def test_the_command_refuses_in_a_sentence(stand_in, tmp_path, settings, message):
+    with pytest.raises(SystemExit, match=f"^finetune: .*{message}"):
+        main(command(stand_in, tmp_path, **settings))
+
+
+def test_a_corrupt_image_stops_the_command_with_its_name(stand_in, tmp_path):
+    broken = stand_in / "broken.png"
+    broken.write_bytes((stand_in / "0.png").read_bytes()[:70])
+    lines = (stand_in / "mine.jsonl").read_text().splitlines()
+    (stand_in / "bad.jsonl").write_text("\n".join([*lines[:2], lines[2].replace("2.png", "broken.png")]))
+    settings = {"train_data": stand_in / "bad.jsonl", "dataloader_num_workers": "1"}
+    with pytest.raises(SystemExit, match="^finetune: .*broken.png"):
+        main(command(stand_in, tmp_path, **settings))
+    main(command(stand_in, tmp_path, **settings, on_bad_sample="skip"))
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_finished_run_that_was_told_something_else_is_refused(stand_in, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": "2"}
+    main(command(stand_in, tmp_path, **settings))
+    with pytest.raises(
+        SystemExit, match="^finetune: the run in .* cannot go on from checkpoint-2, because learning_rate"
+    ):
+        main(command(stand_in, tmp_path, **settings, learning_rate="0.5"))

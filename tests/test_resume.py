@@ -1,0 +1,125 @@
+"""A run that was killed goes on as if it had not been; half-written checkpoints and changed runs are recognised."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from processes import CONTEXT
+from resume_jobs import STEPS, build, run
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_training import tiny_trainer
+
+from uground.training.adapters import lora_config, with_adapter
+from uground.training.checkpoints import COMPLETE_FILE, last_complete_checkpoint, what_is_missing
+
+
+def kill_in_the_middle(folder, baseline: str, step: int) -> None:
+    """Start a run and kill it as soon as the checkpoint of `step` begins to exist."""
+    worker = CONTEXT.Process(target=run, args=(folder, baseline, 0.02))
+    worker.start()
+    deadline = time.monotonic() + 240
+    while not (folder / f"checkpoint-{step}").exists() and worker.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL, "the run must not have ended by itself"
+
+
+@pytest.mark.parametrize(("baseline", "step"), [("ema", 4), ("critic", 6)])
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, baseline, step):
+    whole = build(tmp_path / "whole", baseline)
+    whole.train()
+    killed = tmp_path / "killed"
+    kill_in_the_middle(killed, baseline, step)
+    last = last_complete_checkpoint(killed)
+    assert last is not None and int(last.name.split("-")[1]) in (step - 2, step)
+    # A kill between two writes of a later checkpoint.
+    later = killed / f"checkpoint-{step + 1}"
+    shutil.copytree(last, later)
+    weights = later / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert last_complete_checkpoint(killed) == last
+    resumed = build(killed, baseline)
+    assert resumed.resumable_checkpoint() == str(last)
+    resumed.train(resume_from_checkpoint=str(last))
+    expected = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert resumed.state.global_step == STEPS
+    theirs, ours = (
+        torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.pt") for folder in (tmp_path / "whole", killed)
+    )
+    for number, state in theirs["state"].items():
+        assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
+
+
+def test_incomplete_checkpoints_say_what_they_lack(tmp_path):
+    trainer = build(tmp_path, "ema", max_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert what_is_missing(checkpoint) is None
+    assert set(json.loads((checkpoint / COMPLETE_FILE).read_text())) >= {"model.safetensors", "trainer_state.json"}
+    (checkpoint / "optimizer.pt").unlink()
+    assert what_is_missing(checkpoint) == f"optimizer.pt has no bytes, expected {expected_size(checkpoint)}"
+    (checkpoint / COMPLETE_FILE).unlink()
+    assert "was not written to its end" in what_is_missing(checkpoint)
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def expected_size(checkpoint) -> int:
+    return json.loads((checkpoint / COMPLETE_FILE).read_text())["optimizer.pt"]
+
+
+def test_a_changed_run_is_not_resumed(tmp_path):
+    build(tmp_path, "ema", max_steps=2).train()
+    changed = build(tmp_path, "ema", max_steps=2, learning_rate=5e-4, mask_bce_weight=1.0)
+    with pytest.raises(ValueError, match=r"learning_rate was 0.001 and is 0.0005; mask_bce_weight was 2.0 and is 1.0"):
+        changed.resumable_checkpoint()
+    with pytest.raises(ValueError, match="batch size of a step was 2 and is 4"):
+        build(tmp_path, "ema", max_steps=2, per_device_train_batch_size=2).resumable_checkpoint()
+    # The same batch in another layout, and what only tells or saves.
+    other = build(tmp_path, "ema", max_steps=2, gradient_accumulation_steps=1, per_device_train_batch_size=2)
+    assert other.resumable_checkpoint() is not None
+    told = build(tmp_path, "ema", max_steps=2, logging_steps=5, save_steps=1)
+    assert told.resumable_checkpoint() is not None
+    told.run_record["data"] = [{"jsonl": "other.jsonl"}]
+    with pytest.raises(ValueError, match="data was None and is"):
+        told.resumable_checkpoint()
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    trainer = build(tmp_path, "ema", max_steps=4, save_total_limit=1)
+    seen = []
+
+    def look(checkpoint, record):
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        (checkpoint / COMPLETE_FILE).write_text("{}")
+
+    monkeypatch.setattr("uground.training.trainer.mark_complete", look)
+    trainer.train()
+    assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_adapters_resume_as_well(tmp_path):
+    def adapted(folder, steps):
+        trainer = build(folder, "ema")
+        model = tiny_model().train()
+        model = with_adapter(model, lora_config(model, trainer.processing_class, 4, dropout=0.0))
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        return tiny_trainer(folder, model=model, **settings)
+
+    whole = adapted(tmp_path / "whole", 4)
+    whole.train()
+    adapted(tmp_path / "parts", 2).train()
+    resumed = adapted(tmp_path / "parts", 4)
+    resumed.train(resume_from_checkpoint=resumed.resumable_checkpoint())
+    files = [load_file(tmp_path / name / "checkpoint-4" / "adapter_model.safetensors") for name in ("whole", "parts")]
+    assert any("reward_ema" in name for name in files[0])
+    assert all(torch.equal(files[1][name], value) for name, value in files[0].items())

@@ -1,0 +1,84 @@
+"""A word-level tokenizer and a processor for the models of `tiny.py`, and a way to make these write a given answer."""
+
+import numpy as np
+import torch
+from tiny import END_TOKEN
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+
+from uground.processing import UGroundProcessor, letterbox_image_processor
+
+# Ids 0 to 36; `[REJ]`, `[SEG]` and `<image>` follow.
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "the", "red", "blue", "cup", "tree", "boat", "is", "are", "it", "and"]
+WORDS += [".", ",", ":", "USER", "ASSISTANT", "what", "can", "swim", "fish", *(f"w{number}" for number in range(13))]
+# Short enough for the 256 positions of the tiny model, with everything that makes a template.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER : ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ ' ' }}"
+    "{% else %}{{ 'ASSISTANT : ' + message['content'][0]['text'] + eos_token + ' ' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT :' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(tokens=("[REJ]", "[SEG]"), max_length: int = 200) -> PreTrainedTokenizerFast:
+    """Words are tokens; everything else is `<unk>`. With both tokens, ids are those of `tiny.py`."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=max_length,
+    )
+    fast.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    fast.add_tokens(["<image>"], special_tokens=True)
+    return fast
+
+
+def tiny_processor(tokenizer=None, chat_template=TEMPLATE) -> UGroundProcessor:
+    """32-pixel LMM images with patches of 8, 64-pixel SAM frames, as `tiny.tiny_config` wants them."""
+    tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
+    return UGroundProcessor(
+        letterbox_image_processor(32),
+        letterbox_image_processor(64),
+        tokenizer,
+        patch_size=8,
+        chat_template=chat_template,
+    )
+
+
+def gradient_image(height: int, width: int) -> np.ndarray:
+    """An `(H, W, 3)` uint8 picture whose rows and columns all differ."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 200 // height, columns * 200 // width, (rows + columns) % 251], axis=-1).astype(np.uint8)
+
+
+class Script(LogitsProcessor):
+    """Makes every row write the same tokens, whatever the model would: `[SEG]` included."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+        self.start = None
+
+    def __call__(self, input_ids, scores):
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        step = input_ids.shape[1] - self.start
+        token = self.tokens[step]
+        if step == len(self.tokens) - 1:
+            self.start = None
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0.0
+        return forced
+
+
+def write(processor, answer: str) -> dict:
+    """Generation arguments that make a model write `answer` and stop."""
+    ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"] + [END_TOKEN]
+    return {"logits_processor": LogitsProcessorList([Script(ids)]), "max_new_tokens": len(ids)}

@@ -1,0 +1,129 @@
+"""LoRA and QLoRA through peft: what is adapted, what is trained in full beside it, and what is never quantised."""
+
+from importlib.util import find_spec
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig
+
+# Of the language model only, as in the official scripts.
+OFFICIAL_TARGETS = ("q_proj", "v_proj")
+# Trained in full beside the adapter, where the model has them.
+TRAINED_IN_FULL = (
+    "mask_decoder.sam.mask_decoder",
+    "mask_decoder.sam.prompt_encoder",
+    "segment_projection",
+    "layer_policy",
+    "similarity_scaling",
+)
+# Tokens that were added to the language model's vocabulary; only their rows are trained.
+NEW_TOKENS = ("<im_start>", "<im_end>")
+# Small, or trained in full, or both: 4 bits would save little and cost the masks.
+NEVER_QUANTIZED = (
+    "mask_decoder",
+    "segment_projection",
+    "layer_policy",
+    "similarity_scaling",
+    "vision_tower",
+    "multi_modal_projector",
+    "lm_head",
+)
+QUANTIZATIONS = ("none", "4bit", "8bit")
+
+
+def lora_config(
+    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS
+) -> LoraConfig:
+    """
+    What peft is to adapt in a UGround model.
+
+    Args:
+        model: a `UGroundForReferringSegmentation`.
+        processor: its processor, which knows the new tokens.
+        rank: of the adapter: 8 for 7B and 64 for 13B in the official scripts.
+        alpha, dropout: of the adapter.
+        targets: linear layers of the language model by the ends of their names.
+
+    Raises:
+        ValueError: no layer of the language model bears such a name.
+    """
+    ends = tuple(targets)
+    if not any(_is_target(name, ends) for name, _ in model.named_modules()):
+        raise ValueError(f"no layer of the language model is called {' or '.join(ends)}: nothing to adapt")
+    ids = {processor.segment_token_id, processor.reject_token_id}
+    ids |= {
+        processor.tokenizer.convert_tokens_to_ids(token)
+        for token in NEW_TOKENS
+        if token in processor.tokenizer.get_vocab()
+    }
+    rows = sorted(token for token in ids if token is not None)
+    modules = dict(model.named_modules())
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*language_model.*\.({'|'.join(ends)})",
+        modules_to_save=[name for name in TRAINED_IN_FULL if _has_weights(modules.get(name))],
+        trainable_token_indices={"embed_tokens": rows, "lm_head": list(rows)},
+    )
+
+
+def _is_target(name: str, ends: tuple[str, ...]) -> bool:
+    return "language_model" in name and name.rpartition(".")[2] in ends
+
+
+def _has_weights(module) -> bool:
+    return module is not None and any(True for _ in module.parameters())
+
+
+def with_adapter(model, config: LoraConfig) -> PeftModel:
+    """The model with a new adapter; what is trained is held in float32, whatever the rest is."""
+    return _trainable_in_float32(get_peft_model(model, config))
+
+
+def with_saved_adapter(model, path: str) -> PeftModel:
+    """The model with an adapter that was saved before, to train it further."""
+    return _trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
+
+
+def _trainable_in_float32(model: PeftModel) -> PeftModel:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model
+
+
+def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
+    """
+    How to load the frozen weights of a model.
+
+    Args:
+        quantization: `"none"`, `"4bit"` (NF4, twice quantised, computed in bfloat16) or `"8bit"`.
+
+    Returns:
+        For `from_pretrained(quantization_config=…)`; what draws masks stays as it is.
+
+    Raises:
+        ValueError: no such quantisation, or bitsandbytes, which does it, is not installed.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {QUANTIZATIONS}, got {quantization!r}")
+    if quantization == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization {quantization} needs bitsandbytes, which is not installed; expected none")
+    return skipping_config(quantization)
+
+
+def skipping_config(quantization: str) -> BitsAndBytesConfig:
+    """The configuration itself, whether or not bitsandbytes is installed."""
+    skipped = list(NEVER_QUANTIZED)
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )

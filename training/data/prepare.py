@@ -1,0 +1,100 @@
+"""Bring a published dataset from its original files to parquet in the common schema.
+
+    python -m uground.training.data.prepare refcoco --root DIR --output PARQUET_DIR
+    python -m uground.training.data.prepare scenes --split test --count 1000 --output PARQUET_DIR
+
+DIR is the folder that holds `refer_seg/`, `reason_seg/`, …, or the dataset's own folder; docs/data.md has the layouts.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from uground.training.data.prepared import write_prepared
+from uground.training.data.registry import DATASETS, read_samples
+from uground.training.data.wording import Wording, group_samples
+from uground.training.scenes import SPLITS as SCENE_SPLITS
+from uground.training.scenes import scenes
+
+SCENES = "scenes"
+
+
+def prepared_examples(arguments: argparse.Namespace, split: str) -> Iterator[dict]:
+    """The examples of a split as told by the arguments of the command, images not opened."""
+    if arguments.dataset == SCENES:
+        for example in scenes(split, arguments.count or 1000, arguments.seed):
+            yield {**example, "subset": None}
+        return
+    style = arguments.words or ("training" if split == "train" else "evaluation")
+    wording = Wording(style, arguments.seed, arguments.rejection)
+    samples = read_samples(arguments.dataset, arguments.root, split)
+    if arguments.targets_per_query > 1 or arguments.queries_per_image is not None:
+        samples = group_samples(
+            list(samples), arguments.seed, arguments.targets_per_query, arguments.queries_per_image
+        )
+    for index, sample in enumerate(samples):
+        if index == arguments.count:
+            return
+        yield wording.example(sample)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text."""
+
+    def error(self, message: str):
+        self.exit(2, f"prepare: {message}\n")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        "python -m uground.training.data.prepare",
+        description=__doc__.splitlines()[0],
+        epilog="datasets and splits: "
+        + "; ".join(f"{name}: {' '.join(entry.splits)}" for name, entry in DATASETS.items()),
+    )
+    parser.add_argument("dataset", choices=[SCENES, *DATASETS], metavar="DATASET", help="name of the dataset")
+    parser.add_argument("--root", help="folder of the original files")
+    parser.add_argument("--output", required=True, help="folder to write data/SPLIT-*.parquet to")
+    parser.add_argument("--split", nargs="+", help="splits to prepare; all by default")
+    parser.add_argument("--count", type=int, help="at most so many examples of each split")
+    parser.add_argument(
+        "--words", choices=["training", "evaluation"], help="templates; by default training for the split train only"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of templates and of what is asked about each image")
+    parser.add_argument("--targets-per-query", type=int, default=1, help="at most so many targets of an image at once")
+    parser.add_argument("--queries-per-image", type=int, help="at most so many queries of an image; all by default")
+    parser.add_argument(
+        "--rejection",
+        choices=["token", "text"],
+        default="token",
+        help="deny false premises with [REJ] or in words only",
+    )
+    parser.add_argument("--embed-images", action="store_true", help="store the pictures inside the parquet files")
+    arguments = parser.parse_args(argv)
+    for name in ("count", "targets_per_query", "queries_per_image"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parse(argv)
+    known = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].splits
+    whole = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].whole_splits
+    try:
+        for split in arguments.split or whole:
+            if split not in known:
+                raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
+        for split in arguments.split or whole:
+            examples = tqdm(prepared_examples(arguments, split), desc=split, unit=" examples")
+            count = write_prepared(examples, arguments.output, split, arguments.embed_images)
+            print(f"{split}: {count} examples in {arguments.output}/data")
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a reader yields: one thing asked about one image, before `uground.training.data.wording` puts it in words."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    One thing asked about one image.
+
+    Attributes:
+        id: names the sample within its dataset and split.
+        image: path of the picture, or `{"bytes": …, "path": …}`.
+        size: height and width of the picture in pixels.
+        attribute: `"res"`, `"rs"`, `"fp_res"`, `"gres"`, `"multi_rs"` or `"vqa"`.
+        phrases: what is asked for, one phrase per target, in order.
+        masks: COCO RLE of each target, None for one that is not there.
+        question: the query where it is a sentence of its own; otherwise templates ask for the phrases.
+        answer: a ready answer with one segment token per mask; otherwise templates answer.
+        explanation: text that explains the answer.
+        correction: what the image holds instead of a thing that is not there.
+        ignore: RLE of pixels that count neither way.
+        subset: a part of the split that is reported apart, such as `"short"` and `"long"` queries.
+    """
+
+    id: str
+    image: str | dict
+    size: tuple[int, int]
+    attribute: str
+    phrases: tuple[str, ...]
+    masks: tuple[dict | None, ...]
+    question: str | None = None
+    answer: str | None = None
+    explanation: str | None = None
+    correction: str | None = None
+    ignore: dict | None = None
+    subset: str | None = None
+
+    def __post_init__(self):
+        assert len(self.phrases) == len(self.masks), f"{self.id}: one phrase per mask"

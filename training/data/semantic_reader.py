@@ -1,0 +1,186 @@
+"""Semantic and part segmentation as something to ask for: one sample per class that an image holds.
+
+Label maps: ADE20K, COCO-Stuff, Mapillary Vistas v2.0. COCO annotations: PACO-LVIS and PASCAL-Part. All objects of a
+class are one target: "the cup" of a picture with three cups would mean none of them in particular. Unlabelled pixels
+may belong to any class, so they are ignored.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from uground.training.data.class_names import ADE20K, COCO_STUFF
+from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
+from uground.training.data.masks import encode_mask, is_empty, read_mask, union_mask
+from uground.training.data.samples import Sample
+
+UNLABELLED = 255
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """
+    Where label maps and pictures lie, `{split}` standing for the folder of the split.
+
+    Attributes:
+        labels, images: candidates below the root.
+        splits: folder of each split.
+        first_label: label of the first class name; lower ones are unlabelled.
+    """
+
+    labels: tuple[str, ...]
+    images: tuple[str, ...]
+    splits: dict[str, str]
+    first_label: int = 0
+
+
+MAPS = {
+    "ade20k": MapLayout(
+        ("ade20k/annotations/{split}", "annotations/{split}"),
+        ("ade20k/images/{split}", "images/{split}"),
+        {"train": "training", "val": "validation"},
+        first_label=1,
+    ),
+    "cocostuff": MapLayout(
+        ("cocostuff/{split}", "{split}"), ("coco/{split}", "{split}"), {"train": "train2017", "val": "val2017"}
+    ),
+    "mapillary": MapLayout(
+        ("mapillary/{split}/v2.0/labels", "{split}/v2.0/labels"),
+        ("mapillary/{split}/images", "{split}/images"),
+        {"train": "training", "val": "validation"},
+    ),
+}
+
+
+def read_label_maps(dataset: str, root, split: str) -> Iterator[Sample]:
+    """
+    One sample per class and image of a dataset in `MAPS`.
+
+    Raises:
+        OSError: files are missing. ValueError: a label has no name, or a map and its picture differ in size.
+    """
+    layout = MAPS[dataset]
+    root = checked_root(root, dataset)
+    part = layout.splits[split]
+    labels = first_existing(root, [place.format(split=part) for place in layout.labels])
+    images = first_existing(root, [place.format(split=part) for place in layout.images])
+    require(dataset, root, (labels, images))
+    names = _mapillary_names(root) if dataset == "mapillary" else COCO_STUFF if dataset == "cocostuff" else ADE20K
+    maps = sorted(labels.glob("*.png"))
+    if not maps:
+        raise FileNotFoundError(f"{dataset} is incomplete under {root}; {labels} holds no label maps (*.png)")
+    require_images(dataset, root, [images / f"{path.stem}.jpg" for path in maps])
+    return _map_samples(dataset, split, maps, images, names, layout.first_label)
+
+
+def _mapillary_names(root: Path) -> tuple[str, ...]:
+    path = first_existing(root, ("mapillary/config_v2.0.json", "config_v2.0.json"))
+    require("mapillary", root, (path,))
+    return tuple(label["readable"].lower() for label in read_json(path)["labels"])
+
+
+def _map_samples(dataset, split, maps: list[Path], images: Path, names, first_label: int) -> Iterator[Sample]:
+    for path in maps:
+        picture = images / f"{path.stem}.jpg"
+        with Image.open(path) as opened:
+            labels = np.asarray(opened)
+        size = image_size(picture)
+        if labels.shape != size:
+            raise ValueError(
+                f"{dataset}: the label map {path.name} has size {labels.shape}, expected that of its image, {size}"
+            )
+        unlabelled = (labels == UNLABELLED) | (labels < first_label)
+        ignore = encode_mask(unlabelled) if unlabelled.any() else None
+        for label in np.unique(labels[~unlabelled]).tolist():
+            if label - first_label >= len(names):
+                raise ValueError(f"{dataset}: {path.name} holds label {label}, but there are {len(names)} classes")
+            name = names[label - first_label]
+            if _askable(dataset, name):
+                yield Sample(
+                    id=f"{dataset}-{split}-{path.stem}-{label}",
+                    image=str(picture),
+                    size=size,
+                    attribute="res",
+                    phrases=(name,),
+                    masks=(encode_mask(labels == label),),
+                    ignore=ignore,
+                )
+
+
+def _askable(dataset: str, name: str) -> bool:
+    return "-" not in name if dataset == "cocostuff" else name != "unlabeled"
+
+
+# Of each COCO dataset: its annotation file and its pictures below the root, per split.
+COCO_FORM = {
+    "paco-lvis": (
+        {"train": "paco_lvis_v1_train.json", "val": "paco_lvis_v1_val.json", "test": "paco_lvis_v1_test.json"},
+        ("vlpart/paco/annotations", "paco/annotations", "annotations"),
+        ("coco", "."),
+    ),
+    "pascal-part": (
+        {"train": "train.json", "val": "val.json"},
+        ("vlpart/pascal_part", "pascal_part", "."),
+        (
+            "vlpart/pascal_part/VOCdevkit/VOC2010/JPEGImages",
+            "pascal_part/VOCdevkit/VOC2010/JPEGImages",
+            "VOCdevkit/VOC2010/JPEGImages",
+        ),
+    ),
+}
+
+
+def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample]:
+    """
+    One sample per class and image of a dataset in `COCO_FORM`; a class `object:part` is "the part of the object".
+
+    Crowds belong to their class like any object. A class whose objects have no area is left out.
+
+    Raises:
+        OSError: files are missing. ValueError: an annotation does not make sense.
+    """
+    root = checked_root(root, dataset)
+    files, places, pictures = COCO_FORM[dataset]
+    path = first_existing(root, places) / files[split]
+    require(dataset, root, (path,))
+    content = read_json(path)
+    folder = first_existing(root, pictures)
+    images = {image["id"]: image for image in content["images"]}
+    names = {category["id"]: part_name(category["name"]) for category in content["categories"]}
+    grouped: dict[int, dict[int, list[dict]]] = {}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images:
+            raise ValueError(
+                f"{dataset}: annotation {annotation['id']} is about image {annotation['image_id']}, which {path} does "
+                "not list"
+            )
+        grouped.setdefault(annotation["image_id"], {}).setdefault(annotation["category_id"], []).append(annotation)
+    require_images(dataset, root, [folder / images[image]["file_name"] for image in grouped])
+    return _part_samples(dataset, split, grouped, images, names, folder)
+
+
+def _part_samples(dataset, split, grouped: dict, images: dict, names: dict, folder: Path) -> Iterator[Sample]:
+    for image_id, by_category in grouped.items():
+        image = images[image_id]
+        size = (int(image["height"]), int(image["width"]))
+        for category, annotations in by_category.items():
+            masks = [read_mask(one["segmentation"], size, f"{dataset}: annotation {one['id']}") for one in annotations]
+            mask = union_mask(masks, size)
+            if not is_empty(mask):
+                yield Sample(
+                    id=f"{dataset}-{split}-{image_id}-{category}",
+                    image=str(folder / image["file_name"]),
+                    size=size,
+                    attribute="res",
+                    phrases=(names[category],),
+                    masks=(mask,),
+                )
+
+
+def part_name(name: str) -> str:
+    """ "mug_(cup):handle" → "the handle of the mug"; "mug_(cup)" → "mug"."""
+    words = [part.split("_(")[0].strip().replace("_", " ") for part in name.split(":")]
+    return f"the {words[1]} of the {words[0]}" if len(words) == 2 else words[0]

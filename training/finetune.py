@@ -1,0 +1,187 @@
+"""Fine-tune a UGround checkpoint.
+
+    accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
+    accelerate launch -m uground.training.finetune --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
+
+A recipe is a yaml file of the flags below; flags on the command line win over it. A run that was interrupted goes on
+from its last whole checkpoint when the same command is given again.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoProcessor
+from trl import TrlParser
+
+from uground.modeling_uground import UGroundForReferringSegmentation
+from uground.training.adapters import lora_config, quantization_config, with_adapter, with_saved_adapter
+from uground.training.data import scene_dataset
+from uground.training.data.jsonl import JsonlSource
+from uground.training.data.prepared import prepared_dataset
+from uground.training.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
+from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
+
+SCENES = "scenes"
+
+
+@dataclass
+class FinetuneArguments:
+    """What is trained, and on what."""
+
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of the checkpoint to start from"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: float32, bfloat16, or as they were saved"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2"})
+    quantization: str = field(default="none", metadata={"help": "of the frozen weights: none, 4bit or 8bit"})
+    lora_rank: int = field(default=0, metadata={"help": "rank of a LoRA adapter, 0 to train the weights themselves"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapter"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout of the adapter"})
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "layers of the language model to adapt"}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "a saved adapter of this model to train further"})
+    train_data: list[str] = field(
+        default_factory=lambda: [SCENES],
+        metadata={"help": "JSONL files, prepared folders (FOLDER or FOLDER:SPLIT), or scenes"},
+    )
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "share of each of these in an epoch; by default its size"}
+    )
+    epoch_size: int | None = field(default=None, metadata={"help": "items per epoch; by default all there are"})
+    on_bad_sample: str = field(default="fail", metadata={"help": "at a broken sample: fail, or skip, log and count"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "what to evaluate on, named like train_data; scenes by eval_scene_count"}
+    )
+    scene_count: int = field(default=10000, metadata={"help": "number of training scenes"})
+    scene_seed: int = field(default=0, metadata={"help": "seed of the training scenes"})
+    queries_per_scene: int = field(default=3, metadata={"help": "queries about each scene"})
+    attribute_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "how often each attribute is asked, such as {res: 0.3, fp_res: 0.2}"}
+    )
+    eval_scene_count: int = field(default=0, metadata={"help": "number of validation scenes; 0 for no validation"})
+
+    def __post_init__(self):
+        if self.on_bad_sample not in BAD_SAMPLE_POLICIES:
+            raise ValueError(f"on_bad_sample must be one of {BAD_SAMPLE_POLICIES}, got {self.on_bad_sample!r}")
+
+
+def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
+    """
+    Items of one source and what they are, as plain JSON.
+
+    Args:
+        name: `"scenes"`, a JSONL file, or a prepared folder with or without `:SPLIT`.
+        arguments: settings of the scenes.
+        split: of scenes and of a folder that does not say.
+
+    Raises:
+        OSError: there is no such file or folder. ValueError: it is not what it should be.
+    """
+    if name == SCENES:
+        count = arguments.scene_count if split == "train" else arguments.eval_scene_count
+        settings = (arguments.scene_seed, arguments.queries_per_scene, arguments.attribute_weights)
+        return scene_dataset(split, count, *settings), {"scenes": split, "count": count, "settings": list(settings)}
+    if name.endswith(".jsonl"):
+        source = JsonlSource(name)
+        return source, source.record()
+    folder, _, named_split = name.partition(":")
+    source = prepared_dataset(folder, named_split or split)
+    return source, {"prepared": Path(folder).name, "split": named_split or split, "rows": len(source)}
+
+
+def training_data(arguments: FinetuneArguments, seed: int) -> tuple[object, Mixture | None, dict]:
+    """The training dataset, the mixture behind it if there is one, and what it is, as plain JSON."""
+    opened = [open_source(name, arguments) for name in arguments.train_data]
+    record = {"data": [record for _, record in opened]}
+    if arguments.train_data == [SCENES] and arguments.epoch_size is None:
+        return opened[0][0], None, record
+    mixture = Mixture(
+        [source for source, _ in opened],
+        arguments.train_weights,
+        arguments.epoch_size,
+        seed,
+        arguments.on_bad_sample,
+    )
+    record |= {"train_weights": arguments.train_weights, "items per epoch": len(mixture)}
+    return mixture.dataset(), mixture, record
+
+
+def load_model(arguments: FinetuneArguments):
+    """
+    Model, with an adapter if one is asked for, and processor.
+
+    Raises:
+        ValueError: no model is named, or the arguments do not go together.
+    """
+    if arguments.model is None:
+        raise ValueError("no model to start from: pass --model or name one in the recipe")
+    if arguments.quantization != "none" and not (arguments.lora_rank or arguments.adapter):
+        raise ValueError("quantised weights cannot be trained themselves: pass --lora_rank or --adapter as well")
+    if arguments.adapter and arguments.lora_rank:
+        raise ValueError("pass --lora_rank for a new adapter or --adapter for a saved one, got both")
+    settings = {"dtype": arguments.dtype, "quantization_config": quantization_config(arguments.quantization)}
+    if arguments.attn_implementation is not None:
+        settings["attn_implementation"] = arguments.attn_implementation
+    model = UGroundForReferringSegmentation.from_pretrained(arguments.model, **settings)
+    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    if arguments.adapter:
+        model = with_saved_adapter(model, arguments.adapter)
+    elif arguments.lora_rank:
+        config = lora_config(
+            model,
+            processor,
+            arguments.lora_rank,
+            arguments.lora_alpha,
+            arguments.lora_dropout,
+            arguments.lora_targets,
+        )
+        model = with_adapter(model, config)
+    return model, processor
+
+
+def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGroundTrainer:
+    """
+    Train as told and save model and processor to `config.output_dir`; goes on from the last whole checkpoint there.
+
+    Raises:
+        ValueError: something that was passed does not make sense, or the run found there was told something else.
+        OSError: something cannot be read.
+    """
+    model, processor = load_model(arguments)
+    dataset, mixture, record = training_data(arguments, config.seed)
+    eval_name = arguments.eval_data or (SCENES if arguments.eval_scene_count else None)
+    eval_dataset = None
+    if eval_name is not None:
+        source, _ = open_source(eval_name, arguments, "validation")
+        eval_dataset = source if eval_name == SCENES else Mixture([source], seed=config.seed).dataset()
+    record |= {
+        name: getattr(arguments, name)
+        for name in ("model", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter")
+    }
+    trainer = UGroundTrainer(
+        model=model,
+        args=config,
+        processing_class=processor,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        data_record=record,
+        mixture=mixture,
+        callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
+    )
+    trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())
+    trainer.save_model()
+    return trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((FinetuneArguments, UGroundTrainingConfig), description=__doc__.splitlines()[0])
+    try:
+        finetune(*parser.parse_args_and_config(argv))
+    except (ValueError, OSError) as error:
+        # What a data worker raises comes with its traceback; the sentence is the last line.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sys.exit(f"finetune: {lines[-1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""SAM's image embeddings on disk: the frozen encoder sees an image once, in however many epochs and processes."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+GIGABYTE = 2**30
+
+
+def encoder_key(encoder: torch.nn.Module) -> str:
+    """A name of an encoder that depends on its weights only."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SamEmbeddingCache:
+    """
+    Embeddings in files, named by the pixels of the SAM frame, in a folder named by the encoder's weights.
+
+    Several processes may share the folder: a file appears whole, by renaming, or not at all. When the folder has
+    reached its limit nothing more is written and nothing is thrown out: training goes round and round through its
+    images, so whatever was thrown out would be the next thing wanted.
+
+    Args:
+        folder: where the embeddings of all encoders lie.
+        encoder: SAM's image encoder, which must stay as it is.
+        limit_gb: most gigabytes of files of this encoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, encoder: torch.nn.Module, limit_gb: float):
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            raise ValueError("SAM's image encoder is trained, so its embeddings cannot be cached; expected it frozen")
+        self.folder = Path(folder) / encoder_key(encoder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.limit = limit_gb * GIGABYTE
+        self.encoded = 0
+        self._used = self._size_on_disk()
+        self._is_full = False
+
+    def _size_on_disk(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """An embedding `(C, S/16, S/16)`, or `None` where there is none that can be read."""
+        try:
+            return load_file(self._path(key))["embedding"]
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            logger.warning(f"the cached embedding {self._path(key)} cannot be read and is made anew: {error}")
+            return None
+
+    def put(self, key: str, embedding: torch.Tensor) -> None:
+        """Keep an embedding `(C, S/16, S/16)`, unless the limit is reached."""
+        size = embedding.numel() * embedding.element_size()
+        if self._used + size > self.limit and not self._is_full:
+            # Other processes write too: look before giving up.
+            self._used = self._size_on_disk()
+            self._is_full = self._used + size > self.limit
+            if self._is_full:
+                logger.warning(f"{self.folder} has reached its limit of {self.limit / GIGABYTE:g} GB; no more is kept")
+        if self._is_full:
+            return
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_name(f".{uuid.uuid4().hex}.part")
+        save_file({"embedding": embedding.detach().cpu().contiguous()}, draft)
+        os.replace(draft, path)
+        self._used += size
+
+
+@contextmanager
+def cached_encoding(
+    mask_decoder, cache: SamEmbeddingCache | None, keys: list[str], all_found: Callable[[bool], bool]
+) -> Iterator[None]:
+    """
+    Let the forward passes made inside read SAM's image embeddings from a cache, and fill it.
+
+    Args:
+        mask_decoder: the model's.
+        cache: `None` to encode as ever.
+        keys: `frame_keys` of the batch, one per image.
+        all_found: whether all processes found what they look for, given whether this one did. Where parameters are
+            sharded, the encoder runs on all processes or on none.
+    """
+    if cache is None:
+        yield
+        return
+    encode = mask_decoder.encode
+
+    def encode_missing(frames: torch.Tensor) -> torch.Tensor:
+        found = [cache.get(key) for key in keys]
+        if all_found(all(embedding is not None for embedding in found)):
+            return torch.stack([embedding.to(frames.device) for embedding in found])
+        missing = [image for image, embedding in enumerate(found) if embedding is None] or [0]
+        for image, embedding in zip(missing, encode(frames[missing]), strict=True):
+            if found[image] is None:
+                found[image] = embedding
+                cache.put(keys[image], embedding)
+                cache.encoded += 1
+        return torch.stack([embedding.to(frames.device) for embedding in found])
+
+    mask_decoder.encode = encode_missing
+    try:
+        yield
+    finally:
+        del mask_decoder.encode

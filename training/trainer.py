@@ -1,0 +1,360 @@
+"""`UGroundTrainer`: TRL's SFT trainer with mask, similarity-map and REINFORCE terms added to the text loss."""
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from uground.hub.trainer_push import HubPushMixin
+from uground.modeling_uground.layer_policy import LayerPolicy
+from uground.training.answer_evaluation import AnswerEvaluation
+from uground.training.checkpoints import (
+    COMPLETE_FILE,
+    check_same_run,
+    last_complete_checkpoint,
+    mark_complete,
+    run_record,
+)
+from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
+from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
+from uground.training.policy_draws import PolicyDraws, PolicyLoss, drawn_layers, policy_loss, segment_uniforms
+from uground.training.running_means import RunningMeans
+from uground.training.sam_cache import SamEmbeddingCache, cached_encoding
+from uground.training.training_config import UGroundTrainingConfig, freeze, freeze_unused
+from uground.training.training_pictures import draw_histogram, send_pictures
+
+# Names of the modules that see images only; frozen, they run without a graph.
+ENCODERS = ("vision_tower", "vision_encoder")
+# Samples named in an error message; more would hide the sentence.
+NAMES_SHOWN = 10
+
+
+class UGroundTrainer(HubPushMixin, SFTTrainer):
+    """
+    Trains `UGroundForReferringSegmentation` on examples of the common schema.
+
+    Logged besides the loss, as means over all segments (text: tokens) of all processes since the last log: every term
+    before its weight, reward, baseline and advantage, the entropy of the layer policy in nats, and the share of
+    segments that left at each layer (`layer/0` … `layer/L`, and as a picture in TensorBoard).
+
+    A checkpoint of this trainer ends with a list of its files, without which it does not count; see
+    [`resumable_checkpoint`].
+
+    Args:
+        model: the model, or a peft model of it; adapters also come through `peft_config` as with `SFTTrainer`.
+        args: a [`UGroundTrainingConfig`].
+        processing_class: the `UGroundProcessor`.
+        train_dataset, eval_dataset: of items that [`GroundingCollator`] takes.
+        data_record: what the data are, as plain JSON; a run whose record has changed is not resumed.
+        mixture: the [`Mixture`] behind `train_dataset`, if any, told of each epoch and asked what it skipped.
+        kwargs: as for `SFTTrainer`.
+    """
+
+    _tag_names = ["uground", "referring-segmentation"]
+    # Every term is a sum over the micro-batch divided by what the whole step holds.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args: UGroundTrainingConfig, processing_class, data_record=None, mixture=None, **kwargs):
+        draws_layers = args.train_layer_selection == "sample"
+        if kwargs.get("peft_config") is None and not is_peft_model(model):
+            freeze(model, args.trainable, args.loss_weights(), draws_layers)
+        collator = kwargs.pop("data_collator", None) or GroundingCollator(
+            processing_class,
+            args.loss_size,
+            max_length=args.max_length,
+            frame_keys=args.cache_sam_embeddings is not None,
+        )
+        if args.ddp_find_unused_parameters is None:
+            # Every trained parameter is used in every batch: `connected_zero` and the collator see to it.
+            args.ddp_find_unused_parameters = False
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        bare = self.bare_model
+        freeze_unused(bare, args.loss_weights(), draws_layers)
+        for name, module in bare.named_modules():
+            if name.split(".")[-1] in ENCODERS and not any(p.requires_grad for p in module.parameters()):
+                # Gradient checkpointing with adapters makes the encoders' inputs require gradients.
+                module.forward = torch.no_grad()(module.forward)
+        for module in bare.modules():
+            if isinstance(module, LayerPolicy):
+                # A moving average in bfloat16 would stand still.
+                module.reward_ema = module.reward_ema.float()
+        self.mixture = mixture
+        self.run_record = run_record(args, data_record)
+        self._weights = args.loss_weights()
+        self._map_target = args.map_target()
+        self._sam_cache = None
+        if args.cache_sam_embeddings is not None:
+            encoder = bare.mask_decoder.sam.vision_encoder
+            self._sam_cache = SamEmbeddingCache(args.cache_sam_embeddings, encoder, args.cache_limit_gb)
+        layers = [f"layer/{layer}" for layer in range(bare.config.num_layers)]
+        by_segment = [*(f"loss/{name}" for name in GROUNDING_TERMS if name != "entropy"), "policy/entropy"]
+        drawn = ["loss/policy", "loss/critic", "policy/reward", "policy/baseline", "policy/advantage", *layers]
+        denominators = {
+            "loss/text": "tokens",
+            **dict.fromkeys(by_segment, "segments"),
+            **dict.fromkeys(drawn, "drawn segments"),
+        }
+        self._means = {mode: RunningMeans(denominators) for mode in ("train", "eval")}
+        # Learnt tokens and masks of the step, over all its micro-batches and processes.
+        self._step_totals = torch.ones(2)
+        self._rewards = torch.zeros(2)
+        self._gathers_to_segment = False
+
+    @property
+    def bare_model(self):
+        """The `UGroundForReferringSegmentation`, without wrappers of distribution and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def resumable_checkpoint(self) -> str | None:
+        """
+        The newest whole checkpoint in `output_dir`, for `train(resume_from_checkpoint=…)`; `None` without any.
+
+        Raises:
+            ValueError: it is of a run that was told something else that matters; the sentence says what.
+        """
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return None
+        check_same_run(checkpoint, self.run_record)
+        return str(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """
+        Weights of a checkpoint to go on from.
+
+        `Trainer` compares names in the file with names in the model and passes over what differs; a LLaVA is saved
+        under other names than it has, so a whole model is loaded by `from_pretrained`, which knows both and is strict.
+        """
+        if self._is_plain_model():
+            self._load_whole_model(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self._is_plain_model():
+            self._load_whole_model(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_plain_model(self) -> bool:
+        """Neither adapters nor sharded weights: one file holds what `self.model` holds."""
+        return not (is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _load_whole_model(self, folder) -> None:
+        loaded = type(self.bare_model).from_pretrained(folder, dtype=self.bare_model.dtype)
+        self.bare_model.load_state_dict(loaded.state_dict())
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """Also count what the step holds over all its micro-batches and processes: what sums are divided by."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(int((batch["labels"][..., 1:] != IGNORED_LABEL).sum()) for batch in samples)
+        masks = sum(len(batch["segment_keys"]) for batch in samples)
+        totals = torch.tensor([float(tokens), float(masks)], device=device)
+        self._step_totals = self.accelerator.reduce(totals, reduction="sum").clamp_min(1.0)
+        return samples, self._step_totals[0]
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._move_baseline()
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of the weighted terms; see [`UGroundTrainingConfig`]."""
+        groups, keys = inputs["target_groups"], inputs["segment_keys"]
+        tokens = (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
+        if model.training:
+            # Gradients are averaged over processes, but sums over the whole step are wanted.
+            step_tokens, step_masks = self._step_totals.to(keys.device) / self.accelerator.num_processes
+        else:
+            step_tokens, step_masks = tokens.clamp_min(1), max(1, len(keys))
+        outputs, draws = self._forward(model, inputs, step_tokens)
+        bare = self.bare_model
+        geometry = Geometry(
+            lmm_size=bare.config.lmm_config.vision_config.image_size,
+            frame_size=bare.config.frame_size,
+            valid_sizes=inputs["valid_sizes"],
+            sam_valid_sizes=inputs["sam_valid_sizes"],
+        )
+        other_maps = None if draws is None else draws.other_maps
+        grounding = grounding_terms(outputs, groups, step_masks, self._map_target, geometry, other_maps)
+        rewards = torch.cat([grounding.rewards[None], grounding.other_rewards])
+        terms, policy = {"text": outputs.loss, **grounding.terms}, None
+        if draws is not None:
+            policy = self._policy_loss(draws, rewards)
+            terms["policy"] = (policy.reinforce + self.args.critic_beta * policy.critic) / step_masks
+        loss = self._weights.total(terms)
+        if self.accelerator.num_processes > 1 or not groups:
+            loss = loss + connected_zero(outputs, self._weights)
+            if draws is not None and draws.values is not None and self._weights.policy:
+                loss = loss + 0.0 * draws.values.sum()
+        self._check_finite(loss, terms, inputs["example_ids"])
+        sums = {name: term * (step_tokens if name == "text" else step_masks) for name, term in terms.items()}
+        self._record("train" if model.training else "eval", sums, tokens, rewards, draws, policy)
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model, inputs, step_tokens) -> tuple[object, PolicyDraws | None]:
+        """The model's outputs and, in training with a policy, the layers drawn."""
+        model_inputs = {name: value for name, value in inputs.items() if name not in TARGET_KEYS}
+        bare, draws, selection = self.bare_model, None, None
+        with ExitStack() as stack:
+            if model.training and self.args.train_layer_selection == "sample":
+                args, step = self.args, self.state.global_step
+                uniforms = segment_uniforms(inputs["segment_keys"], args.seed, step, args.policy_samples)
+                draws = stack.enter_context(drawn_layers(bare, uniforms))
+            elif model.training:
+                selection = self.args.train_layer_selection
+            cached = cached_encoding(bare.mask_decoder, self._sam_cache, inputs.get("frame_keys", []), self._all_found)
+            stack.enter_context(cached)
+            outputs = model(**model_inputs, num_items_in_batch=step_tokens, layer_selection=selection)
+        return outputs, draws
+
+    def _all_found(self, found: bool) -> bool:
+        """Whether all processes found their images cached, where parameters are sharded; elsewhere this one."""
+        if not self._is_sharded:
+            return found
+        missing = torch.tensor(float(not found), device=self.accelerator.device)
+        return self.accelerator.reduce(missing, reduction="sum").item() == 0
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _policy_loss(self, draws: PolicyDraws, rewards: torch.Tensor) -> PolicyLoss:
+        """REINFORCE with a reward per segment; remembers the rewards for the moving average."""
+        policy, count = self.bare_model.layer_policy, rewards.shape[1]
+        # Without any segment, the lone one the collator added is drawn but not judged.
+        judged = PolicyDraws(
+            draws.layers[:, :count],
+            draws.log_probs[:, :count],
+            draws.other_maps[:, :count],
+            None if draws.values is None else draws.values[:count],
+        )
+        sums = torch.stack([rewards.mean(0).sum(), rewards.new_tensor(float(count))])
+        self._rewards = self._rewards.to(sums) + sums
+        return policy_loss(judged, rewards, policy.baseline())
+
+    def _move_baseline(self) -> None:
+        """One step of the moving average per optimizer step, with the mean reward of all processes."""
+        if self.args.train_layer_selection != "sample":
+            return
+        total, count = self.accelerator.reduce(self._rewards, reduction="sum")
+        self._rewards = torch.zeros_like(self._rewards)
+        if count > 0:
+            self.bare_model.layer_policy.update_baseline(total / count)
+
+    def _check_finite(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], example_ids: list[str]) -> None:
+        """Stop at a loss that is no number, before it spoils the weights."""
+        if torch.isfinite(loss):
+            return
+        values = ", ".join(f"{name} {float(term.detach()):.4g}" for name, term in terms.items())
+        more = f" and {len(example_ids) - NAMES_SHOWN} more" if len(example_ids) > NAMES_SHOWN else ""
+        raise ValueError(
+            f"the loss is {float(loss.detach())} in step {self.state.global_step + 1} ({values}); the samples of the "
+            f"batch are {', '.join(example_ids[:NAMES_SHOWN])}{more}"
+        )
+
+    def _record(self, mode: str, sums, tokens, rewards, draws: PolicyDraws | None, policy: PolicyLoss | None) -> None:
+        """Add a micro-batch to what `log` tells."""
+        segments = rewards.shape[1]
+        added = {f"loss/{name}": value for name, value in sums.items() if name != "entropy"}
+        added |= {"policy/entropy": sums["entropy"], "tokens": tokens, "segments": segments}
+        if draws is not None:
+            added |= {
+                "drawn segments": segments,
+                "loss/critic": policy.critic,
+                "policy/reward": rewards.mean(0).sum(),
+                "policy/baseline": policy.baseline.mean(0).sum(),
+                "policy/advantage": (rewards - policy.baseline).mean(0).sum(),
+            }
+            layers = self.bare_model.config.num_layers
+            drawn = torch.bincount(draws.layers[:, :segments].flatten(), minlength=layers) / len(draws.layers)
+            added |= {f"layer/{layer}": share for layer, share in enumerate(drawn)}
+        self._means[mode].add(added, tokens.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            means = self._means["train"].reduce(self.accelerator)
+            if self.mixture is not None and self.mixture.skipped:
+                means["data/skipped"] = float(self.mixture.skipped)
+            self._metrics["train"].update({name: [value] for name, value in means.items()})
+            shares = [value for name, value in means.items() if name.startswith("layer/")]
+            if shares:
+                pictures = {"layers": draw_histogram(shares)}
+                send_pictures(self.callback_handler.callbacks, pictures, self.state.global_step)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Also the exact means of every term, and figures of generated answers."""
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self._means["eval"].reduce(self.accelerator)
+        terms = {name.removeprefix("loss/"): value for name, value in figures.items() if name.startswith("loss/")}
+        terms["entropy"] = figures.get("policy/entropy", 0.0)
+        if terms.get("text") is not None:
+            figures["loss"] = float(self._weights.total(terms))
+        if self.args.eval_generate_count:
+            figures |= self._evaluate_answers(dataloader.dataset)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def _evaluate_answers(self, dataset) -> dict[str, float]:
+        """Figures of generated answers to some items of a dataset; pictures of them go to TensorBoard."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and not self._gathers_to_segment:
+            # `segment` is no forward pass by itself, so nothing would gather the root's weights for it.
+            register_fsdp_forward_method(model, "segment")
+            self._gathers_to_segment = True
+        evaluation = AnswerEvaluation(
+            self.processing_class,
+            self.data_collator,
+            self.args.eval_batch_size,
+            self.args.eval_max_new_tokens,
+            self.args.eval_overlays,
+        )
+        count = self.args.eval_generate_count
+        figures, pictures = evaluation(model, dataset, count, self.accelerator, in_step=self._is_sharded)
+        named = {f"answers/{number}": picture for number, picture in enumerate(pictures)}
+        send_pictures(self.callback_handler.callbacks, named, self.state.global_step)
+        return figures
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        with _own_class(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save, say that it is whole, and only then delete what is older."""
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / COMPLETE_FILE).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(checkpoint, self.run_record)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+
+@contextmanager
+def _own_class(model):
+    """Give a sharded model its own class back while it is saved: the code of its class is saved with it."""
+    sharded = type(model)
+    if isinstance(model, FSDPModule):
+        # Its class is derived from `FSDPModule` and, behind that, from the class it was.
+        model.__class__ = sharded.__mro__[2]
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
+
+
+__all__ = ["UGroundTrainer", "UGroundTrainingConfig", "freeze"]

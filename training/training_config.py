@@ -1,0 +1,169 @@
+"""What a training run can be told, and which parameters it trains."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from uground.training.grounding_loss import MapTarget
+from uground.training.losses import LossWeights
+
+# Frozen as in the official scripts: the LMM's vision tower, and what SAM makes of an image before any prompt.
+FROZEN = ("vision_tower", "vision_encoder", "shared_image_embedding", "shared_embedding")
+TRAIN_LAYER_SELECTIONS = ("sample", "last")
+
+
+@dataclass
+class UGroundTrainingConfig(SFTConfig):
+    """
+    What `SFTConfig` has, and the settings of grounding.
+
+    The weights are the official ones; `loss_size`, `gaussian_*` and `pos_weight_cap` differ from the official code,
+    which compares at image size, softens with 31 and 7.0 pixels there and has no cap. Rewards are per segment, and the
+    baseline is the moving average *before* the step, so that a segment's own reward is not in it. Every loss is
+    divided by the number of masks (text: of learnt tokens) of the whole optimizer step, over all micro-batches and
+    processes.
+    """
+
+    loss_size: int | None = field(
+        default=None, metadata={"help": "side of the frame in which masks are compared; image size by default"}
+    )
+    gaussian_kernel_size: int = field(default=31, metadata={"help": "side of the kernel that softens map targets"})
+    gaussian_sigma: float = field(default=7.0, metadata={"help": "standard deviation of that kernel, in pixels"})
+    pos_weight_cap: float | None = field(
+        default=None, metadata={"help": "upper bound of the weight of positive pixels in the map loss"}
+    )
+    train_layer_selection: str = field(
+        default="sample", metadata={"help": "how layers are chosen in training: sample, or last for LISA and READ"}
+    )
+    policy_samples: int = field(
+        default=1,
+        metadata={"help": "layers drawn per segment; more than one judge each draw by the others (leave-one-out)"},
+    )
+    text_weight: float = field(default=1.0, metadata={"help": "weight of the text cross-entropy"})
+    mask_bce_weight: float = field(default=2.0, metadata={"help": "weight of the mask BCE"})
+    mask_dice_weight: float = field(default=4.0, metadata={"help": "weight of the mask dice"})
+    map_bce_weight: float = field(default=2.0, metadata={"help": "weight of the similarity map's BCE"})
+    map_dice_weight: float = field(default=4.0, metadata={"help": "weight of the similarity map's dice"})
+    policy_weight: float = field(default=0.4, metadata={"help": "weight of REINFORCE"})
+    entropy_weight: float = field(default=0.0, metadata={"help": "weight of the policy's entropy, which is raised"})
+    iou_weight: float = field(default=0.0, metadata={"help": "weight of the error of SAM's IoU estimate"})
+    critic_beta: float = field(default=1.0, metadata={"help": "weight of the critic's own loss within REINFORCE"})
+    trainable: list[str] | None = field(
+        default=None, metadata={"help": "parts of parameter names to train; by default all but the two encoders"}
+    )
+    cache_sam_embeddings: str | None = field(
+        default=None, metadata={"help": "folder that keeps SAM's image embeddings, so that it sees an image once"}
+    )
+    cache_limit_gb: float = field(default=100.0, metadata={"help": "most gigabytes of embeddings in that folder"})
+    eval_generate_count: int = field(
+        default=0, metadata={"help": "evaluation items whose answers are also generated, 0 for none"}
+    )
+    eval_max_new_tokens: int = field(default=64, metadata={"help": "most tokens of a generated answer"})
+    eval_overlays: int = field(default=4, metadata={"help": "generated answers drawn for TensorBoard"})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a query and its answer, image included; the rest is cut, its masks with it"},
+    )
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "integrations that are told of the logs, or none"}
+    )
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_layer_selection not in TRAIN_LAYER_SELECTIONS:
+            raise ValueError(
+                f"train_layer_selection must be one of {TRAIN_LAYER_SELECTIONS}, got {self.train_layer_selection!r}"
+            )
+        for name in ("policy_samples", "eval_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+
+    def loss_weights(self) -> LossWeights:
+        """The weights as the loss functions take them."""
+        return LossWeights(
+            text=self.text_weight,
+            mask_bce=self.mask_bce_weight,
+            mask_dice=self.mask_dice_weight,
+            map_bce=self.map_bce_weight,
+            map_dice=self.map_dice_weight,
+            policy=self.policy_weight,
+            entropy=self.entropy_weight,
+            iou=self.iou_weight,
+        )
+
+    def map_target(self) -> MapTarget:
+        """How masks become targets of similarity maps."""
+        return MapTarget(self.gaussian_kernel_size, self.gaussian_sigma, self.pos_weight_cap)
+
+
+def freeze(
+    model, trainable: list[str] | None = None, weights: LossWeights | None = None, policy: bool = True
+) -> list[str]:
+    """
+    Choose what is trained.
+
+    Args:
+        model: a `UGroundForReferringSegmentation`.
+        trainable: a parameter is trained if its name holds one of these; `None` trains all but both image encoders.
+            What the configured prompts and the weights leave without a gradient stays frozen in any case.
+        weights: of the loss terms; `None` for the default ones.
+        policy: whether layers are drawn from the layer policy, which otherwise stays frozen.
+
+    Returns:
+        Names of the parameters that will be trained.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    for name, parameter in model.named_parameters():
+        if trainable is None:
+            parameter.requires_grad_(not any(part in name.split(".") for part in FROZEN))
+        else:
+            parameter.requires_grad_(any(part in name for part in trainable))
+    freeze_unused(model, weights or LossWeights(), policy)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise ValueError(f"trainable={trainable} matches no parameter of the model")
+    return names
+
+
+def freeze_unused(model, weights: LossWeights, policy: bool = True) -> None:
+    """
+    Freeze what never gets a gradient: distributed training would wait for it, and weight decay would shrink it.
+
+    Args:
+        model: a `UGroundForReferringSegmentation`, with or without adapters.
+        weights: of the loss terms.
+        policy: whether layers are drawn from the layer policy.
+    """
+    config = model.config
+    # SAM's embeddings of points, and of whether there is a mask prompt; where its pixels are is no matter of training.
+    unused = ["point_embed", "not_a_point_embed", "no_mask_embed" if "mask" in config.prompts else "mask_embed"]
+    unused += ["shared_embedding", "shared_image_embedding"]
+    if not weights.text:
+        unused.append("lm_head")
+    if not weights.iou:
+        unused.append("iou_prediction_head")
+    if not (weights.mask_bce or weights.mask_dice or weights.iou):
+        unused += ["mask_decoder", "prompt_encoder", "segment_projection"]
+        if not (weights.map_bce or weights.map_dice):
+            unused.append("similarity_scaling")
+    if not (policy and weights.policy):
+        unused.append("critic" if weights.entropy else "layer_policy")
+    depth = config.lmm_config.vision_config.num_hidden_layers
+    feature_layer = config.lmm_config.vision_feature_layer
+    last_used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        is_unused = any(part in parts for part in unused)
+        if "output_hypernetworks_mlps" in parts:
+            # SAM draws four masks of a prompt; the first is the only one asked for.
+            is_unused |= parts[parts.index("output_hypernetworks_mlps") + 1] != "0"
+        if "vision_tower" in parts:
+            is_unused |= "post_layernorm" in parts
+            is_unused |= "layers" in parts and int(parts[parts.index("layers") + 1]) >= last_used
+        if is_unused:
+            parameter.requires_grad_(False)
