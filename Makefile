@@ -33,9 +33,8 @@ tiny-checkpoint: $(READY)
 	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
 	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-joint.yaml
 	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-presence.yaml
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-balance.yaml
 	$(BIN)/python -m uground.hub.closure runs/tiny/finetuned --from-nothing --dataset scenes --license apache-2.0 \
-		--recipe recipes/tiny-balance.yaml
+		--recipe recipes/tiny-presence.yaml
 
 $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

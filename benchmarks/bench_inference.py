@@ -19,12 +19,12 @@ from itertools import pairwise
 
 import psutil
 import torch
-from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, SamConfig
 
 from uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.lmm_access import gather_layer_states, image_similarity
+from uground.processing.job_processes import job_state
 
 # LMM width, feed-forward width, layers, heads; CLIP width, feed-forward width, layers, heads, image; SAM width,
 # layers, heads, frame, global layers; vocabulary.
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="middle")
     parser.add_argument("--only", choices=MEASURES, nargs="+", default=list(MEASURES))
     parser.add_argument("--rounds", type=int, default=2, help="measured rounds, after one that is not counted")
-    parser.add_argument("--device", default=str(PartialState().device), help="(default: %(default)s)")
+    parser.add_argument("--device", default=str(job_state().device), help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     args = parser.parse_args()
     case = Case(args.scale, args.device, getattr(torch, args.dtype))

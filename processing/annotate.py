@@ -30,7 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -40,6 +39,7 @@ from transformers import AutoModel, AutoProcessor
 
 from uground import tiny_checkpoint
 
+from .job_processes import job_state
 from .pipeline_uground import ReferringSegmentationPipeline
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -277,7 +277,7 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
     Raises:
         OSError, ValueError: an argument does not fit, or the folder holds the output of other settings.
     """
-    state, folder = PartialState(), Path(args.output)
+    state, folder = job_state(), Path(args.output)
     for name in ("batch_size", "shard_size", "prefetch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -353,7 +353,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
     """The pipeline of a checkpoint on this process's device."""
     path = args.model or tiny_checkpoint()
-    model = AutoModel.from_pretrained(path, dtype=args.dtype).to(PartialState().device).eval()
+    model = AutoModel.from_pretrained(path, dtype=args.dtype).to(job_state().device).eval()
     if args.compile:
         model.compile_mask_path()
     selection = args.layer_selection
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, MemoryError) as error:
         print(f"annotate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if PartialState().is_main_process:
+    if job_state().is_main_process:
         tables = [parquet.read_table(path, columns=["error"]) for path in sorted(folder.glob("part-*.parquet"))]
         failed = sum(len(table) - table["error"].null_count for table in tables)
         print(f"{sum(map(len, tables))} rows in {len(tables)} files in {folder}, {failed} of them failed")

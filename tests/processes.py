@@ -1,5 +1,7 @@
 """Run a function in several processes that form one distributed job on the CPU (gloo)."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -17,10 +19,24 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distributed_jobs", "resume_jobs"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Below the ports that the system hands out by itself, and other ones in each of the tests' own processes: nobody takes
+# one between its being found free and its use.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(range(21000 + 500 * _worker, 21500 + 500 * _worker))
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, another one each time."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def launched(count: int, *command) -> list[str]:
+    """The command line that starts `python -m command` in `count` processes of one job."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    return [*launcher, "--master-port", str(free_port()), "-m", *map(str, command)]
 
 
 def forget_process_group() -> None:
@@ -54,7 +70,7 @@ def _run(function, rank: int, count: int, port: int, folder: Path, arguments: tu
 def run_in_processes(function, count: int, folder: Path, *arguments) -> list:
     """What `function(rank, *arguments)`, of a module that can be imported, returns in each of `count` processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     workers = [
         CONTEXT.Process(target=_run, args=(function, rank, count, port, folder, arguments)) for rank in range(count)
     ]

@@ -10,6 +10,7 @@ from tiny_training import example, tiny_trainer
 from uground.training.mixture import Mixture, MixtureEpochs
 
 STEPS = 8
+BATCHES_FILE = "batches"  # grows by a byte with every batch
 
 
 def build(folder, baseline: str, **settings):
@@ -42,6 +43,8 @@ def run(folder, baseline: str, pause: float = 0.0) -> None:
     step = trainer.training_step
 
     def slow_step(*args, **kwargs):
+        with open(folder / BATCHES_FILE, "ab") as counter:
+            counter.write(b".")
         time.sleep(pause)
         return step(*args, **kwargs)
 

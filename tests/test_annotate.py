@@ -1,9 +1,12 @@
 """The annotate command: every image and query exactly once, whatever happens in between; and memory that runs out."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from processes import launched
 from pycocotools import mask as coco_mask
 from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
@@ -127,7 +131,7 @@ def test_processes_share_the_images_out(folder, pipe, monkeypatch):
         written.append((int(threading.current_thread().name), shard))
         write_shard(self, shard, numbers, progress)
 
-    monkeypatch.setattr(annotate, "PartialState", state)
+    monkeypatch.setattr(annotate, "job_state", state)
     monkeypatch.setattr(annotate.Annotator, "write_shard", note)
     pipes = [make_pipe(), make_pipe()]
     run = [lambda own=own: annotate.annotate(arguments(folder), lambda _: own) for own in pipes]
@@ -225,6 +229,37 @@ def test_the_command_loads_a_checkpoint(folder):
     assert done.returncode == 0, done.stderr
     assert f"14 rows in 1 files in {folder / 'out'}, 0 of them failed" in done.stdout
     assert all(row["answer"] for row in rows_of(folder))
+
+
+def test_killed_and_taken_up_by_two_processes(folder):
+    for number in range(20):
+        Image.fromarray(gradient_image(20 + number, 40)).save(folder / "images" / f"more-{number}.png")
+    model = make_pipe().model
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(folder / "model")
+    tiny_processor().save_pretrained(folder / "model")
+
+    def words(output):
+        named = {"input": "images", "queries": "queries.txt", "model": "model", "output": output}
+        flags = [word for name, value in named.items() for word in (f"--{name}", str(folder / value))]
+        return ["uground.processing.annotate", *flags, "--shard-size", "1", "--batch-size", "1"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "-m", *words("out")]
+    with subprocess.Popen(alone, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        deadline = time.monotonic() + 240
+        while len(list((folder / "out").glob("part-*"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        killed.kill()
+    finished = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("part-*")}
+    assert killed.returncode == -signal.SIGKILL and 3 <= len(finished) < 27
+    resumed = subprocess.run(launched(2, *words("out")), env=environment, capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("54 rows in 27 files") == 1
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    subprocess.run([*alone[:-5], str(folder / "whole"), *alone[-4:]], env=environment, check=True, timeout=300)
+    assert rows_of(folder) == rows_of(folder, "whole")
+    assert not list((folder / "out").glob(".*"))
 
 
 def test_a_mistake_is_one_line(folder, capsys):

@@ -2,9 +2,7 @@
 
 import json
 import os
-import socket
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -12,6 +10,7 @@ import pytest
 import torch
 from miniatures import decoded, refer_family, reference
 from PIL import Image
+from processes import launched
 from tiny import END_TOKEN, REJECT_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_model
 from tiny_processor import TEMPLATE, gradient_image, tiny_processor, tiny_tokenizer
 
@@ -49,9 +48,12 @@ def settings(checkpoint, **changes):
     )
 
 
+PLACE_AND_TIME = ("command", "date", "commit", "overlays", "processes")
+
+
 def comparable(results):
     """Results without what says where and when."""
-    return {name: value for name, value in results.items() if name not in ("command", "date", "commit", "overlays")}
+    return {name: value for name, value in results.items() if name not in PLACE_AND_TIME}
 
 
 def rows_of(folder):
@@ -130,35 +132,26 @@ def test_an_interrupted_run_is_taken_up(checkpoint, tmp_path, monkeypatch):
     assert not (folder / "partial").exists()
 
 
-def _command(rank: int, port: int, arguments) -> subprocess.Popen:
-    """One of two processes of the evaluate command, as a launcher starts them."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, **{name: str(value) for name, value in told.items()}, "ACCELERATE_USE_CPU": "true"}
-    # Another number of threads adds up in another order.
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+def test_two_processes_give_the_figures_of_one(checkpoint, tmp_path):
+    choices = {"layers": ["last", "mc"], "protocol": ["ordered", "muse"]}
+    arguments = settings(checkpoint, output=str(tmp_path / "one"), **choices)
+    wanted = evaluate(arguments)
     flags = []
     for name in ("model", "dataset", "split", "count", "seed", "layers", "batch_size", "max_new_tokens", "protocol"):
         value = getattr(arguments, name)
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    program = [sys.executable, "-m", "uground.training.evaluate", *flags, "--output", arguments.output]
-    return subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def test_two_processes_give_the_figures_of_one(checkpoint, tmp_path):
-    choices = {"layers": ["last", "mc"], "protocol": ["ordered", "muse"]}
-    wanted = evaluate(settings(checkpoint, output=str(tmp_path / "one"), **choices))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = settings(checkpoint, output=str(tmp_path / "two"), **choices)
-    processes = [_command(rank, port, arguments) for rank in range(2)]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    command = launched(2, "uground.training.evaluate", *flags, "--output", tmp_path / "two")
+    # Another number of threads adds up in another order.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (wanted["processes"], results["processes"]) == (1, 2)
     assert comparable(results) == json.loads(json.dumps(comparable(wanted)))
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
     assert not (tmp_path / "two" / "partial").exists()
+    assert run.stdout.count("| muse | generate | last | overall |") == 1
 
 
 @pytest.mark.parametrize("style", ["generate", "teacher-forced"])

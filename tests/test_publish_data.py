@@ -1,9 +1,18 @@
 """Prepared datasets and Scenes on the Hub: card, one commit, pictures inside."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, connected
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_processor import tiny_processor
 
 from uground.hub.publish_data import main
 from uground.training.data.prepared import write_prepared
@@ -72,6 +81,46 @@ def test_scenes(hub, tmp_path):
     card = hub.repository(DATA, "dataset").head.files["README.md"].data.decode()
     assert "Seed 5." in card
     assert "license: apache-2.0" in card
+
+
+COMMANDS = """
+import json, sys
+from uground.training import evaluate, finetune
+
+model, output = sys.argv[1:]
+train = ["--model", model, "--output_dir", output + "/run", "--max_steps", "2", "--report_to", "none"]
+train += ["--per_device_train_batch_size", "2", "--bf16", "false", "--save_strategy", "no"]
+measure = ["--model", model, "--dataset", "someone/data", "--max-new-tokens", "2"]
+said = []
+for command, arguments in (
+    (finetune, [*train, "--train_data", "someone/data@main:validation"]),
+    (evaluate, [*measure, "--split", "validation", "--output", output + "/results"]),
+    (finetune, [*train, "--train_data", "someone/nothing"]),
+    (evaluate, [*measure, "--split", "testA"]),
+):
+    try:
+        said.append(command.main(arguments))
+    except SystemExit as error:
+        said.append(error.code)
+json.dump(said, open(output + "/said.json", "w"))
+"""
+
+
+def test_a_dataset_of_the_hub_is_trained_and_measured_on_by_its_id(prepared, tmp_path, hub):
+    assert main([str(prepared), "--repo-id", DATA]) == 0
+    tiny_model(3).save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    environment = {**os.environ, **hub.environment(str(tmp_path / "home")), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMMANDS, str(tmp_path / "model"), str(tmp_path)]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    trained, measured, nothing, no_split = json.loads((tmp_path / "said.json").read_text())
+    assert (trained, measured) == (None, None), ran.stderr
+    assert nothing == "finetune: there is neither a folder nor a dataset on the Hub called 'someone/nothing'"
+    assert no_split.startswith("evaluate: ") and "testA" in no_split and "\n" not in no_split
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "run"))
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if name in after)
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["count"] == 2
 
 
 def test_dry_run_uses_no_network(prepared, monkeypatch, tmp_path, capsys):

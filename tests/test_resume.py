@@ -2,14 +2,16 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from processes import CONTEXT
-from resume_jobs import STEPS, build, run
+from resume_jobs import BATCHES_FILE, STEPS, build, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_training import tiny_trainer
@@ -18,24 +20,58 @@ from uground.training.adapters import lora_config, with_adapter
 from uground.training.checkpoints import COMPLETE_FILE, last_complete_checkpoint, what_is_missing
 
 
-def kill_in_the_middle(folder, baseline: str, step: int) -> None:
-    """Start a run and kill it as soon as the checkpoint of `step` begins to exist."""
+def kill(folder, baseline: str, moment) -> None:
+    """Start a run and kill it as soon as `moment()` holds."""
     worker = CONTEXT.Process(target=run, args=(folder, baseline, 0.02))
     worker.start()
     deadline = time.monotonic() + 240
-    while not (folder / f"checkpoint-{step}").exists() and worker.is_alive() and time.monotonic() < deadline:
+    while not moment() and worker.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     assert worker.exitcode == -signal.SIGKILL, "the run must not have ended by itself"
 
 
-@pytest.mark.parametrize(("baseline", "step"), [("ema", 4), ("critic", 6)])
-def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, baseline, step):
+def assert_ends_alike(whole, resumed, killed) -> None:
+    """Weights, steps and state of the optimizer of a run that was resumed are those of one that was not killed."""
+    expected = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert resumed.state.global_step == STEPS
+    theirs, ours = (
+        torch.load(Path(folder) / f"checkpoint-{STEPS}" / "optimizer.pt") for folder in (whole.args.output_dir, killed)
+    )
+    for number, state in theirs["state"].items():
+        assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("baseline", ["ema", "critic"])
+def test_killed_anywhere_a_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, baseline):
     whole = build(tmp_path / "whole", baseline)
     whole.train()
     killed = tmp_path / "killed"
-    kill_in_the_middle(killed, baseline, step)
+    # Another moment each time the test runs: two batches make a step, and every second step is kept.
+    batches, pause = random.randint(1, 2 * STEPS - 1), random.uniform(0, 0.05)
+
+    def moment():
+        if not (killed / BATCHES_FILE).exists() or (killed / BATCHES_FILE).stat().st_size < batches:
+            return False
+        time.sleep(pause)
+        return True
+
+    kill(killed, baseline, moment)
+    resumed = build(killed, baseline)
+    last = resumed.resumable_checkpoint()
+    assert batches < 6 or last is not None, (batches, pause)
+    resumed.train(resume_from_checkpoint=last)
+    assert_ends_alike(whole, resumed, killed)
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    whole = build(tmp_path / "whole", "critic")
+    whole.train()
+    killed, step = tmp_path / "killed", 6
+    kill(killed, "critic", (killed / f"checkpoint-{step}").exists)
     last = last_complete_checkpoint(killed)
     assert last is not None and int(last.name.split("-")[1]) in (step - 2, step)
     # A kill between two writes of a later checkpoint.
@@ -44,18 +80,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, ba
     weights = later / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert last_complete_checkpoint(killed) == last
-    resumed = build(killed, baseline)
+    resumed = build(killed, "critic")
     assert resumed.resumable_checkpoint() == str(last)
     resumed.train(resume_from_checkpoint=str(last))
-    expected = whole.model.state_dict()
-    for name, value in resumed.model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-    assert resumed.state.global_step == STEPS
-    theirs, ours = (
-        torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.pt") for folder in (tmp_path / "whole", killed)
-    )
-    for number, state in theirs["state"].items():
-        assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
+    assert_ends_alike(whole, resumed, killed)
 
 
 def test_incomplete_checkpoints_say_what_they_lack(tmp_path):

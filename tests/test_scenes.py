@@ -1,6 +1,7 @@
 """Scenes: determinism, the common schema, exact meanings, held-out combinations, and the command line."""
 
 import re
+from collections import Counter
 import subprocess
 import sys
 
@@ -147,6 +148,26 @@ def test_phrases_mean_exactly_their_targets():
                 if match := re.match(r"the (two|three|four|five) ", phrase.text):
                     assert len(meant) == {"two": 2, "three": 3, "four": 4, "five": 5}[match[1]]
     assert min(read.values()) > 30
+
+
+def test_the_form_of_a_phrase_does_not_tell_whether_it_means_anything():
+    kinds = {**dict.fromkeys(KINDS, "KIND"), **dict.fromkeys(PLURALS.values(), "KIND"), "things": "thing"}
+    kinds |= dict.fromkeys(COLOURS, "COLOUR") | dict.fromkeys(SIZES, "SIZE") | dict.fromkeys(TEXTURES, "TEXTURE")
+    asked, absent = Counter(), Counter()
+    for index in range(700):
+        drawn, queries = scene_queries("train", 21, index, 5, ["res", "rs", "fp_res"])
+        for phrase in (query.phrases[0] for query in queries):
+            riddle = riddle_reading(phrase.text, drawn.objects) is not None
+            words = phrase.text.split()
+            form = " ".join(kinds.get(word, word) for word in words)
+            if riddle:
+                form = f"riddle {bool(set(words) & set(COLOURS))}"
+            asked[form] += 1
+            absent[form] += not phrase.targets
+    whole = sum(absent.values()) / sum(asked.values())
+    common = [form for form, count in asked.items() if count > 100]
+    assert {"the KIND", "the SIZE COLOUR KIND", "the TEXTURE KIND", "riddle True", "riddle False"} <= set(common)
+    assert all(abs(absent[form] / asked[form] - whole) < 0.12 for form in common), (whole, asked, absent)
 
 
 def block(kind, colour, x0, y0, x1, y1, size="small"):

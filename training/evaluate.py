@@ -18,13 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import AutoProcessor
 
 import uground
 from uground import UGroundForReferringSegmentation, tiny_checkpoint
+from uground.processing.job_processes import job_state
 from uground.training.calibration import calibration
 from uground.training.data.masks import decode_mask, encode_mask
 from uground.training.evaluation_answers import STYLES, Prediction, predict
@@ -139,7 +139,7 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     Raises:
         ValueError, OSError: see `evaluation_data`, `checked_protocols`, `checked_layers` and `BlockStore`.
     """
-    state = PartialState()
+    state = job_state()
     data = evaluation_data(arguments.dataset, arguments.root, arguments.split, arguments.count, arguments.seed)
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     protocols = checked_protocols(arguments, data, processor)
@@ -160,7 +160,7 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
         store.add(fresh[-1])
     blocks |= {block["block"]: block for block in gather_object(fresh)}
     results = _reduce([blocks[number] for number in range(total)], protocols, layers, arguments, data)
-    results["command"] = command
+    results |= {"command": command, "processes": state.num_processes}
     if arguments.output and state.is_main_process:
         rows = [row for number in range(total) for row in blocks[number]["predictions"]]
         write_results(arguments.output, results, rows)
@@ -330,7 +330,9 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
     parser.add_argument(
         "--model", default=tiny_checkpoint(), help="folder or Hub id; the bundled checkpoint by default"
     )
-    parser.add_argument("--dataset", default="scenes", help="scenes, the name of a dataset, or a prepared folder")
+    parser.add_argument(
+        "--dataset", default="scenes", help="scenes, the name of a dataset, a prepared folder, or a Hub id"
+    )
     parser.add_argument("--root", help="folder of the dataset's original files")
     parser.add_argument("--split", default="test")
     parser.add_argument(
@@ -359,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
         results = evaluate(arguments, command)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate: {error}")
-    if not PartialState().is_main_process:
+    if not job_state().is_main_process:
         return
     for protocol in (results["protocol"], *results["more_figures"]):
         print(table(results, protocol), end="\n\n")

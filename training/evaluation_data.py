@@ -1,11 +1,11 @@
-"""What the evaluate command measures on, behind one face: Scenes, a dataset's original files, a prepared dataset."""
+"""What the evaluate command measures on, behind one face: Scenes, original files, a prepared dataset here or afar."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from uground.training.data.files import open_image
-from uground.training.data.prepared import prepared_dataset, prepared_splits
+from uground.training.data.prepared import is_prepared, prepared_dataset
 from uground.training.data.registry import DATASETS, PREMISE, SEVERAL, read_samples
 from uground.training.data.wording import Wording
 from uground.training.metric_protocols import PROTOCOLS
@@ -39,7 +39,7 @@ def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int
     The examples to measure on.
 
     Args:
-        dataset: `"scenes"`, a name in `DATASETS`, or the folder of a prepared dataset.
+        dataset: `"scenes"`, a name in `DATASETS`, the folder of a prepared dataset, or the id of one on the Hub.
         root: folder of the original files; for datasets read from them.
         split: name of the split.
         count: at most so many, from the first; all by default, 1,000 of Scenes.
@@ -64,7 +64,7 @@ def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int
             raise ValueError(f"{dataset} has no masks to measure; it is for training only")
         samples = [sample for sample in read_samples(dataset, root, split) if sample.attribute != "vqa"]
         return _limited(len(samples), count, _SampleReader(samples), entry.protocols)
-    if prepared_splits(dataset):
+    if is_prepared(dataset):
         data = prepared_dataset(dataset, split)
         rows = [row for row, attribute in enumerate(data.with_format(None)["attribute"]) if attribute != "vqa"]
         protocols = tuple(dict.fromkeys(("lisa", *PREMISE, *SEVERAL)))
@@ -72,7 +72,8 @@ def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int
     if Path(dataset).exists():
         raise ValueError(f"{dataset} holds no prepared dataset, as uground.training.data.prepare writes it")
     raise ValueError(
-        f"there is no dataset {dataset!r}; there are: {SCENES}, {', '.join(DATASETS)}, and folders of prepared data"
+        f"there is no dataset {dataset!r}; there are: {SCENES}, {', '.join(DATASETS)}, folders of prepared data, and "
+        "ids of the Hub"
     )
 
 

@@ -42,7 +42,7 @@ class FinetuneArguments:
     adapter: str | None = field(default=None, metadata={"help": "a saved adapter of this model to train further"})
     train_data: list[str] = field(
         default_factory=lambda: [SCENES],
-        metadata={"help": "JSONL files, prepared folders (FOLDER or FOLDER:SPLIT), or scenes"},
+        metadata={"help": "JSONL files, prepared folders or Hub ids (both with or without :SPLIT), or scenes"},
     )
     train_weights: list[float] | None = field(
         default=None, metadata={"help": "share of each of these in an epoch; by default its size"}
@@ -70,9 +70,9 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
     Items of one source and what they are, as plain JSON.
 
     Args:
-        name: `"scenes"`, a JSONL file, or a prepared folder with or without `:SPLIT`.
+        name: `"scenes"`, a JSONL file, or what `prepared_dataset` reads with or without `:SPLIT`.
         arguments: settings of the scenes.
-        split: of scenes and of a folder that does not say.
+        split: of scenes, and where the name does not say.
 
     Raises:
         OSError: there is no such file or folder. ValueError: it is not what it should be.
@@ -84,9 +84,10 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
     if name.endswith(".jsonl"):
         source = JsonlSource(name)
         return source, source.record()
-    folder, _, named_split = name.partition(":")
-    source = prepared_dataset(folder, named_split or split)
-    return source, {"prepared": Path(folder).name, "split": named_split or split, "rows": len(source)}
+    dataset, _, named_split = name.partition(":")
+    source = prepared_dataset(dataset, named_split or split)
+    known_as = Path(dataset).name if Path(dataset).exists() else dataset
+    return source, {"prepared": known_as, "split": named_split or split, "rows": len(source)}
 
 
 def training_data(arguments: FinetuneArguments, seed: int) -> tuple[object, Mixture | None, dict]:

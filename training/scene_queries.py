@@ -6,7 +6,7 @@ exact: a referring phrase matches one object, an absent one none. A "shape" is a
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from uground.training.scene_drawing import (
 ATTRIBUTE_WEIGHTS = {"res": 0.3, "rs": 0.15, "fp_res": 0.2, "gres": 0.2, "multi_rs": 0.15}
 BARE_SHARE = 0.7
 RELATION_SHARE = 0.2
+SUPERLATIVE_SHARE = 0.45  # of relations
+# Of fp_res: as res and rs together have them.
+ABSENT_RIDDLE_SHARE = ATTRIBUTE_WEIGHTS["rs"] / (ATTRIBUTE_WEIGHTS["res"] + ATTRIBUTE_WEIGHTS["rs"])
+ABSENT_RELATION_SHARE = (1 - ABSENT_RIDDLE_SHARE) * RELATION_SHARE
+EXCHANGE_ALL_SHARE = 0.3
 NONE_SHARE = 0.25  # of gres
 PARTLY_ABSENT_SHARE = 0.13  # of multi_rs
 CLEAR_MARGIN = 24.0  # pixels between centres for "left of" to hold
@@ -181,6 +186,10 @@ class Grammar:
 
     def naming(self, index: int, short: bool | None = None) -> Phrase:
         """A plain phrase that means exactly this object, as short as it can be or redundantly specific."""
+        return Phrase("the " + self.describing(index, short).words(), (index,))
+
+    def describing(self, index: int, short: bool | None = None) -> Description:
+        """What such a phrase says of the object."""
         unique = [d for d in self.descriptions(self.objects[index]) if self.found(d) == (index,)]
         if self.rng.random() < 0.85:  # mostly by its kind: no two objects of a scene are alike, so one always exists
             unique = [d for d in unique if d.noun in KINDS]
@@ -188,15 +197,14 @@ class Grammar:
         if short:
             fewest = min(len(d.adjectives) for d in unique)
             unique = [d for d in unique if len(d.adjectives) == fewest]
-        return Phrase("the " + choose(self.rng, unique).words(), (index,))
+        return choose(self.rng, unique)
 
     def relation(self) -> Phrase | None:
         """A phrase with a superlative or with another object as the anchor, or None if this try met no clear one."""
         index = int(self.rng.integers(len(self.objects)))
-        loose = [d for d in self.descriptions(self.objects[index]) if len(d.adjectives) <= 1] + [Description("thing")]
-        description = choose(self.rng, loose)
+        description = self.loosely(index)
         candidates = self.found(description)
-        if self.rng.random() < 0.45:
+        if self.rng.random() < SUPERLATIVE_SHARE:
             word = choose(self.rng, SUPERLATIVES)
             if self.superlative(word, candidates) != index or (description.size and word in ("largest", "smallest")):
                 return None
@@ -208,6 +216,11 @@ class Grammar:
         if self.related(candidates, relation, anchor) != (index,):
             return None
         return Phrase(f"the {description.words()} {relation} {self.naming(anchor, short=True).text}", (index,))
+
+    def loosely(self, index: int) -> Description:
+        """What is said of an object beside a superlative or a relation: a noun and at most one adjective."""
+        loose = [d for d in self.descriptions(self.objects[index]) if len(d.adjectives) <= 1]
+        return choose(self.rng, [*loose, Description("thing")])
 
     def riddle_text(self, kind: str, colour: str | None) -> str:
         fitting = [text for text in RIDDLES[kind] if colour is None or "{c}" in text]
@@ -223,48 +236,68 @@ class Grammar:
         colour = colours[0] if self.rng.random() < 0.7 else colours[-1]
         return Phrase(self.riddle_text(item.kind, colour), (index,))
 
-    def absent(self, relations: bool = True) -> Phrase:
-        """A phrase that means nothing in the scene; half are near misses with one property exchanged."""
+    # phrases for nothing: each is made from one for an object, so that its form does not tell that it means nothing
+
+    def absent(self, riddles: float, relations: float, short: bool | None = None) -> Phrase:
+        """A phrase that means nothing in the scene; `riddles` and `relations` are the shares of these forms."""
         draw = self.rng.random()
         while True:
-            if relations and draw < 0.07 and (phrase := self.absent_relation()):
-                return phrase
-            if draw < 0.5:
-                description = self.near_miss()
+            index = int(self.rng.integers(len(self.objects)))
+            if draw < riddles:
+                phrase = self.absent_riddle(index)
+            elif draw < riddles + relations:
+                phrase = self.absent_relation(index)
             else:
-                kind = choose(self.rng, KINDS)
-                colour = choose(self.rng, tuple(COLOURS)) if self.rng.random() < 0.5 else None
-                size = choose(self.rng, tuple(SIZES)) if self.rng.random() < 0.25 else None
-                texture = choose(self.rng, TEXTURES[1:]) if self.rng.random() < 0.2 else None
-                description = Description(kind, size, texture, colour)
-            if self.found(description) or not self.may_name(description):
-                continue
-            if not description.size and not description.texture and self.rng.random() < 0.35:
-                return Phrase(self.riddle_text(description.noun, description.colour), ())
-            return Phrase("the " + description.words(), ())
+                description = self.exchanged(self.describing(index, short))
+                phrase = description and Phrase("the " + description.words(), ())
+            if phrase:
+                return phrase
 
-    def near_miss(self) -> Description:
-        """One property of a real object exchanged for another, preferably one that is seen elsewhere in the scene."""
-        item = choose(self.rng, self.objects)
-        other = choose(self.rng, self.objects)
-        draw = self.rng.random()
-        if draw < 0.4:  # right kind, wrong colour
-            colour = other.colour if self.rng.random() < 0.7 else choose(self.rng, tuple(COLOURS))
-            return Description(item.kind, colour=colour, size=item.size if self.rng.random() < 0.2 else None)
-        if draw < 0.7:  # right colour, wrong kind
-            kind = other.kind if self.rng.random() < 0.6 else choose(self.rng, KINDS)
-            return Description(kind, colour=item.colour, size=item.size if self.rng.random() < 0.2 else None)
-        colour = item.colour if self.rng.random() < 0.6 else None
-        if draw < 0.88:
-            return Description(item.kind, size="small" if item.size == "large" else "large", colour=colour)
-        return Description(item.kind, texture=choose(self.rng, TEXTURES), colour=colour)
+    def exchanged(self, description: Description) -> Description | None:
+        """The description with one property, or now and then all, exchanged so that nothing matches it."""
+        said = [name for name in ("noun", "size", "texture", "colour") if getattr(description, name)]
+        if description.noun not in KINDS:
+            said.remove("noun")
+        if not said:
+            return None
+        for _ in range(12):
+            changed = said if self.rng.random() < EXCHANGE_ALL_SHARE else [choose(self.rng, said)]
+            other = replace(description, **{name: self.other_value(name) for name in changed})
+            if not self.found(other) and self.may_name(other):
+                return other
+        return None
 
-    def absent_relation(self) -> Phrase | None:
-        """A real object placed where it clearly is not."""
-        item, anchor = choose(self.rng, self.objects), int(self.rng.integers(len(self.objects)))
+    def other_value(self, name: str) -> str:
+        """A value of a property, preferably one that is seen elsewhere in the scene."""
+        if self.rng.random() < 0.6:
+            item = choose(self.rng, self.objects)
+            return item.kind if name == "noun" else getattr(item, name)
+        values = {"noun": KINDS, "size": tuple(SIZES), "texture": TEXTURES, "colour": tuple(COLOURS)}
+        return choose(self.rng, values[name])
+
+    def absent_riddle(self, index: int) -> Phrase | None:
+        if not (riddle := self.riddle(index)):
+            return None
+        item = self.objects[index]
+        colour = item.colour if item.colour in riddle.text.split() else None
+        other = self.exchanged(Description(item.kind, colour=colour))
+        return other and Phrase(self.riddle_text(other.noun, other.colour), ())
+
+    def absent_relation(self, index: int) -> Phrase | None:
+        """A superlative of what is not there, or a relation of that, or one that clearly does not hold."""
+        description = self.loosely(index)
+        if self.rng.random() < SUPERLATIVE_SHARE:
+            word = choose(self.rng, SUPERLATIVES)
+            other = self.exchanged(description)
+            if other is None or (other.size and word in ("largest", "smallest")):
+                return None
+            return Phrase(f"the {word} {other.words()}", ())
+        anchor = int(self.rng.integers(len(self.objects)))
         relation = choose(self.rng, tuple(RELATIONS))
-        description = Description(item.kind)
-        if anchor in self.found(description) or self.related(self.found(description), relation, anchor) != ():
+        if self.rng.random() < 0.5:
+            if anchor in self.found(description) or self.related(self.found(description), relation, anchor) != ():
+                return None
+        elif (description := self.exchanged(description)) is None:
             return None
         return Phrase(f"the {description.words()} {relation} {self.naming(anchor, short=True).text}", ())
 
@@ -282,41 +315,34 @@ class Grammar:
         return phrase and self.single("rs", phrase)
 
     def fp_res(self) -> Query | None:
-        return self.single("fp_res", self.absent())
+        return self.single("fp_res", self.absent(ABSENT_RIDDLE_SHARE, ABSENT_RELATION_SHARE))
 
     def gres(self) -> Query | None:
         draw = self.rng.random()
         for _ in range(40):
-            description = self.group_description(any_colour=draw < NONE_SHARE)
+            description = self.group_description()
             targets = self.found(description)
-            wanted = (
-                not targets
-                if draw < NONE_SHARE
-                else len(targets) == 1
-                if draw < NONE_SHARE + 0.1
-                else len(targets) > 1
-            )
-            if wanted and self.may_name(description):
+            if (len(targets) == 1) != (NONE_SHARE <= draw < NONE_SHARE + 0.1):
+                continue
+            if draw < NONE_SHARE:
+                description, targets = self.exchanged(description), ()
+            if description and self.may_name(description):
                 return self.single("gres", self.group_phrase(description, targets))
         return None
 
-    def group_description(self, any_colour: bool) -> Description:
-        """A description with a kind, "shape" or "thing" as the noun and at most two adjectives."""
-        item, other = choose(self.rng, self.objects), choose(self.rng, self.objects)
-        noun = choose(self.rng, (item.kind, "shape", "thing"), (0.4, 0.2, 0.4))
-        source = other if any_colour else item
-        kind = choose(self.rng, KINDS) if any_colour and noun in KINDS and self.rng.random() < 0.5 else noun
-        colour = choose(self.rng, tuple(COLOURS)) if any_colour and self.rng.random() < 0.5 else source.colour
-        texture = choose(self.rng, TEXTURES) if any_colour else source.texture
+    def group_description(self) -> Description:
+        """What is said of an object by a kind, "shape" or "thing" as the noun and at most two adjectives."""
+        item = choose(self.rng, self.objects)
+        noun = choose(self.rng, (item.kind, "shape" if item.kind in GEOMETRIC else "thing", "thing"), (0.4, 0.2, 0.4))
         says_size, says_texture, says_colour = self.rng.random(3) < (0.28, 0.3, 0.5)
         adjectives = int(says_size) + int(says_texture) + int(says_colour)
         if adjectives == 3 or (noun == "thing" and adjectives == 0 and self.rng.random() < 0.85):
             says_size, says_texture, says_colour = False, False, True  # "all things" stays rare
         return Description(
-            kind,
-            source.size if says_size else None,
-            texture if says_texture else None,
-            colour if says_colour else None,
+            noun,
+            item.size if says_size else None,
+            item.texture if says_texture else None,
+            item.colour if says_colour else None,
         )
 
     def group_phrase(self, description: Description, targets: tuple[int, ...]) -> Phrase:
@@ -337,7 +363,8 @@ class Grammar:
             riddle = self.riddle(index) if self.rng.random() < 0.45 else None
             phrases.append(riddle or self.naming(index, short=True if self.rng.random() < 0.6 else None))
         if self.rng.random() < PARTLY_ABSENT_SHARE:
-            phrases[int(self.rng.integers(count))] = self.absent(relations=False)
+            short = True if self.rng.random() < 0.6 else None
+            phrases[int(self.rng.integers(count))] = self.absent(riddles=0.45, relations=0.0, short=short)
         texts = [phrase.text for phrase in phrases]
         # A list of phrases must fall apart in only one way, and no phrase may repeat.
         if len(set(texts)) < count or any(" and " in text or "," in text for text in texts):

@@ -6,12 +6,14 @@ here and on the Hub.
 
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.training.data.files import open_image
@@ -32,6 +34,8 @@ FEATURES = Features(
 )
 ROWS_PER_GROUP = 256
 SUFFIX = "-00000-of-00001.parquet"
+OPTIONAL_COLUMNS = ("ignore", "subset")
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def write_prepared(examples: Iterable[dict], folder: str | os.PathLike, split: str, embed: bool = False) -> int:
@@ -89,28 +93,56 @@ def prepared_splits(folder: str | os.PathLike) -> dict[str, list[str]]:
     return splits
 
 
-def prepared_dataset(folder: str | os.PathLike, split: str) -> Dataset:
+def is_prepared(name: str | os.PathLike) -> bool:
+    """Whether the name may be read by `prepared_dataset`: a prepared folder, or spelt like a dataset of the Hub."""
+    return bool(prepared_splits(name)) if Path(name).exists() else bool(REPO_ID.fullmatch(os.fspath(name)))
+
+
+def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     """
-    A split of a prepared dataset, whose items are examples of the common schema with their image opened.
+    A split of a dataset in the common schema, whose items are examples with their image opened.
 
     Items fit [`GroundingCollator`](uground.training.collator). Opening an item raises an `OSError` when its picture is
     gone, and a `ValueError` when the picture does not fit its masks.
 
+    Args:
+        name: a prepared folder, or the id of a dataset on the Hub, `USER/NAME` or `USER/NAME@REVISION`. There the
+            columns `ignore` and `subset` may be missing.
+        split: name of the split.
+
     Raises:
-        OSError: the folder holds no prepared dataset. ValueError: it has no such split, or columns are missing.
+        OSError: there is no such dataset. ValueError: it has no such split, or columns are missing.
     """
-    splits = prepared_splits(folder)
-    if not splits:
+    splits = prepared_splits(name)
+    if splits:
+        if split not in splits:
+            raise ValueError(f"the prepared dataset {name} has no split {split!r}; it has: {', '.join(splits)}")
+        data = load_dataset("parquet", data_files={split: splits[split]}, split=split)
+    elif is_prepared(name):
+        data = _hub_dataset(os.fspath(name), split)
+    else:
         raise FileNotFoundError(
-            f"{folder} holds no prepared dataset (data/SPLIT-*.parquet, as uground.training.data.prepare writes it)"
+            f"{name} holds no prepared dataset (data/SPLIT-*.parquet, as uground.training.data.prepare writes it), "
+            "and is no id of a dataset on the Hub (USER/NAME)"
         )
-    if split not in splits:
-        raise ValueError(f"the prepared dataset {folder} has no split {split!r}; it has: {', '.join(splits)}")
-    absent = [name for name in FEATURES if name not in parquet.read_schema(splits[split][0]).names]
+    absent = [column for column in FEATURES if column not in data.column_names]
     if absent:
-        raise ValueError(f"{splits[split][0]} lacks the columns {', '.join(absent)} of a prepared dataset")
-    data = load_dataset("parquet", data_files={split: splits[split]}, split=split)
+        raise ValueError(f"split {split!r} of {name} lacks the columns {', '.join(absent)} of the common schema")
     return data.cast_column("image", Image(decode=False)).with_transform(_opened)
+
+
+def _hub_dataset(name: str, split: str) -> Dataset:
+    repo_id, _, revision = name.partition("@")
+    try:
+        data = load_dataset(repo_id, revision=revision or None, split=split)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"there is neither a folder nor a dataset on the Hub called {name!r}") from error
+    except ValueError as error:
+        raise ValueError(f"the dataset {name!r} of the Hub cannot be read: {error}") from error
+    for column in OPTIONAL_COLUMNS:
+        if column not in data.column_names:
+            data = data.add_column(column, [None] * len(data), feature=FEATURES[column])
+    return data
 
 
 def _opened(rows: dict[str, list]) -> dict[str, list]:
