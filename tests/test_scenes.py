@@ -1,9 +1,9 @@
 """Scenes: determinism, the common schema, exact meanings, held-out combinations, and the command line."""
 
 import re
-from collections import Counter
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
