@@ -22,6 +22,7 @@ TRAINING = [
     "segment-anything>=1.0",
     "protobuf>=5.0",  # reads the sentencepiece models of LLaMA tokenizers
 ]
+QUANTIZATION = "bitsandbytes>=0.50"
 
 setup(
     packages=[
@@ -39,5 +40,8 @@ setup(
         "uground.hub": ["checkpoints/uground-tiny/*"],
     },
     install_requires=RUNTIME + TRAINING,
-    extras_require={"test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9"]},
+    extras_require={
+        "quantization": [QUANTIZATION],
+        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", QUANTIZATION],
+    },
 )

@@ -84,7 +84,9 @@ def build_model(layers: int, width: int) -> UGroundForReferringSegmentation:
         prompt_encoder_config={"hidden_size": 32, "image_size": FRAME},
         mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
     )
-    model = UGroundForReferringSegmentation(UGroundConfig(lmm, sam, segment_token_id=SEGMENT_TOKEN))
+    model = UGroundForReferringSegmentation(
+        UGroundConfig(lmm_config=lmm, sam_config=sam, segment_token_id=SEGMENT_TOKEN)
+    )
     for encoder in (model.lmm.model.vision_tower, model.mask_decoder.sam.vision_encoder):
         encoder.requires_grad_(False)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,10 +23,7 @@ STAND_IN = {
     "max_steps": "2",
     "per_device_train_batch_size": "2",
     "gradient_accumulation_steps": "1",
-    "bf16": "false",
     "use_cpu": "true",
-    "dtype": "float32",
-    "quantization": "none",
     "dataloader_num_workers": "0",
     "dataloader_pin_memory": "false",
     "eval_scene_count": "0",
@@ -66,6 +64,8 @@ def command(stand_in, output, recipe: Path | None = None, **settings) -> list[st
     if recipe is not None and "dataloader_prefetch_factor" in recipe.read_text():
         chosen["dataloader_num_workers"] = "1"
     arguments = [] if recipe is None else ["--config", str(recipe)]
+    if recipe is None:
+        chosen["bf16"] = chosen.get("bf16", "false")
     return arguments + [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
 
 
@@ -81,6 +81,20 @@ def test_a_recipe_runs_on_a_stand_in(stand_in, tmp_path, recipe):
     assert {"loss/text", "loss/mask_dice"} <= set(trainer.state.log_history[0]) | set(trainer.state.log_history[1])
     saved = "adapter_model.safetensors" if arguments.lora_rank else "model.safetensors"
     assert (tmp_path / saved).is_file() and (tmp_path / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["llava-7b-lora", "llava-7b-full-fsdp"])
+def test_a_recipe_in_bfloat16_is_evaluated_saved_and_asked(stand_in, tmp_path, name):
+    """Frozen weights in bfloat16 beside trained ones in float32, within mixed precision and without."""
+    (recipe,) = (path for path in RECIPES if path.stem == name)
+    settings = {"eval_strategy": "steps", "eval_steps": "2", "eval_generate_count": "3", "eval_max_new_tokens": "4"}
+    settings |= {"eval_data": stand_in / "mine.jsonl", "save_strategy": "steps", "save_steps": "2"}
+    trainer = finetune(*parse(command(stand_in, tmp_path, recipe, **settings)))
+    assert {"eval_loss", "eval_segment_rate"} <= {key for entry in trainer.state.log_history for key in entry}
+    trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    frozen = {parameter.dtype for parameter in trainer.model.parameters() if not parameter.requires_grad}
+    assert trained == {torch.float32} and frozen >= ({torch.bfloat16} if "lora" in name else {torch.float32})
+    assert (tmp_path / "checkpoint-2" / "complete.json").is_file()
 
 
 def test_the_recipes_of_the_issue_are_there_and_keep_the_official_numbers():

@@ -18,15 +18,15 @@ TRAINED_IN_FULL = (
 )
 # Tokens that were added to the language model's vocabulary; only their rows are trained.
 NEW_TOKENS = ("<im_start>", "<im_end>")
-# Small, or trained in full, or both: 4 bits would save little and cost the masks.
+# Small, or trained in full, or both: 4 bits would save little and cost the masks. Names from the root of the model on.
 NEVER_QUANTIZED = (
     "mask_decoder",
     "segment_projection",
     "layer_policy",
     "similarity_scaling",
-    "vision_tower",
-    "multi_modal_projector",
-    "lm_head",
+    "lmm.model.vision_tower",
+    "lmm.model.multi_modal_projector",
+    "lmm.lm_head",
 )
 QUANTIZATIONS = ("none", "4bit", "8bit")
 
@@ -78,15 +78,16 @@ def _has_weights(module) -> bool:
 
 def with_adapter(model, config: LoraConfig) -> PeftModel:
     """The model with a new adapter; what is trained is held in float32, whatever the rest is."""
-    return _trainable_in_float32(get_peft_model(model, config))
+    return trainable_in_float32(get_peft_model(model, config))
 
 
 def with_saved_adapter(model, path: str) -> PeftModel:
     """The model with an adapter that was saved before, to train it further."""
-    return _trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
+    return trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
 
 
-def _trainable_in_float32(model: PeftModel) -> PeftModel:
+def trainable_in_float32(model: PeftModel) -> PeftModel:
+    """The model, with what is trained turned to float32 in place: small steps vanish in bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from uground.hub.trainer_push import HubPushMixin
 from uground.modeling_uground.layer_policy import LayerPolicy
+from uground.training.adapters import trainable_in_float32
 from uground.training.answer_evaluation import AnswerEvaluation
 from uground.training.checkpoints import (
     COMPLETE_FILE,
@@ -72,6 +73,9 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
             # Every trained parameter is used in every batch: `connected_zero` and the collator see to it.
             args.ddp_find_unused_parameters = False
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        if is_peft_model(self.model):
+            # `SFTTrainer` turns what is trained on quantised weights to bfloat16.
+            trainable_in_float32(self.model)
         bare = self.bare_model
         freeze_unused(bare, args.loss_weights(), draws_layers)
         for name, module in bare.named_modules():
