@@ -19,6 +19,7 @@ TRAINING = [
     "pycocotools>=2.0.8",
     "scipy>=1.14",
     "tensorboard>=2.18",
+    "pyyaml>=6.0",
     "segment-anything>=1.0",
     "protobuf>=5.0",  # reads the sentencepiece models of LLaMA tokenizers
 ]

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 from uground.hub.checkpoint_folder import ADAPTER_CONFIG, read_config
@@ -18,6 +19,7 @@ from uground.hub.command import run_command
 from uground.hub.weight_files import read_json
 from uground.modeling_uground import UGroundConfig
 from uground.modeling_uground.model_card import CardFacts, build_model_card, check_card
+from uground.training.recipe_file import RECIPE_FILE
 
 
 def build_card(
@@ -37,7 +39,7 @@ def build_card(
         folder: the folder; its `results.json`, `recipe.yaml` and `example.json` are read where they exist.
         repo_id: where it lies or will lie on the Hub; by default the name of the folder stands in for it.
         base_models: Hub ids it was made from; an empty list says that it was trained from nothing.
-        datasets: names of the training data.
+        datasets: names of the training data; by default those that the recipe names.
         license: licence of the weights, as the Hub spells it.
         recipe: file with the recipe, instead of the folder's.
         results_json: file with the figures, instead of the folder's.
@@ -54,7 +56,13 @@ def build_card(
     if adapter is not None and base_models is None:
         base = adapter.get("base_model_name_or_path")
         base_models = [base] if base and not Path(base).exists() else None
-    recipe = _given_or_present(recipe, folder / "recipe.yaml")
+    recipe = _given_or_present(recipe, folder / RECIPE_FILE)
+    recipe_text = recipe.read_text(encoding="utf-8") if recipe else None
+    told = _told(recipe_text, recipe)
+    if datasets is None:
+        datasets = [str(name) for name in told.get("train_data") or []] or None
+    if base_models is None and "/" in str(told.get("model")):
+        base_models = [told["model"]]
     results = _given_or_present(results_json, folder / "results.json")
     example = _given_or_present(None, folder / "example.json")
     facts = CardFacts(
@@ -62,7 +70,7 @@ def build_card(
         base_models=base_models,
         datasets=datasets,
         license=license,
-        recipe=recipe.read_text(encoding="utf-8") if recipe else None,
+        recipe=recipe_text,
         results=read_json(results) if results else None,
         example=read_json(example) if example else None,
         is_adapter=adapter is not None,
@@ -70,6 +78,17 @@ def build_card(
     if config is None:
         config = _config_for_card(folder, adapter)
     return check_card(str(build_model_card(config, facts)))
+
+
+def _told(recipe: str | None, path) -> dict:
+    """The settings of a recipe."""
+    try:
+        told = yaml.safe_load(recipe or "") or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"the recipe {path} must hold settings by name, got a {type(told).__name__}")
+    return told
 
 
 def write_card(folder: str | os.PathLike, **facts) -> Path:

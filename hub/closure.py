@@ -24,6 +24,7 @@ from uground.hub.command import run_command
 from uground.hub.example import write_example
 from uground.hub.weight_files import read_json
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, UGroundConfig
+from uground.training.recipe_file import RECIPE_FILE
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ENTRY_FILES = (
@@ -116,7 +117,7 @@ def complete_folder(
         )
     config = stamp_config(folder)
     write_code(folder)
-    for fact, name in (("results_json", "results.json"), ("recipe", "recipe.yaml")):
+    for fact, name in (("results_json", "results.json"), ("recipe", RECIPE_FILE)):
         if facts.get(fact) is not None:
             _keep(Path(facts[fact]), folder / name)
     if not (folder / "generation_config.json").is_file():

@@ -6,6 +6,7 @@ What was trained as a whole beside the adapter, such as the mask decoder or the 
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from uground.hub.command import DTYPES, run_command
 from uground.hub.weight_files import TensorFile, name_some, resolve_folder
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor
+from uground.training.recipe_file import RECIPE_FILE
 
 PROCESSOR_CONFIG = "processor_config.json"
 
@@ -51,6 +53,8 @@ def merge_lora(adapter: str, base: str, output: str, dtype: torch.dtype | None =
     with new_folder(output, num_bytes) as folder:
         save_all_but_weights(folder, model, processor)
         _write_weights(folder, model)
+        if (adapter_folder / RECIPE_FILE).is_file():
+            shutil.copy(adapter_folder / RECIPE_FILE, folder / RECIPE_FILE)
     print(f"Wrote {output}: {base} with {adapter} merged into it.")
 
 

@@ -25,6 +25,7 @@ from uground.hub.command import run_command
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.weight_files import name_some
 from uground.modeling_uground.model_card import check_card, is_card_of_uground
+from uground.training.recipe_file import RECIPE_FILE
 
 # What is taken of a folder, whatever else lies there: logs, optimizer states and pickles stay at home.
 TAKEN = (
@@ -39,7 +40,7 @@ TAKEN = (
     "*.jinja",
     "README.md",
     "results.json",
-    "recipe.yaml",
+    RECIPE_FILE,
     "example.json",
     "example*.png",
 )

@@ -13,6 +13,7 @@ from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor
 from trl import TrlParser
 
+from uground.hub.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
 from uground.training.trainer import UGroundTrainingConfig
 
@@ -95,6 +96,21 @@ def test_a_recipe_in_bfloat16_is_evaluated_saved_and_asked(stand_in, tmp_path, n
     frozen = {parameter.dtype for parameter in trainer.model.parameters() if not parameter.requires_grad}
     assert trained == {torch.float32} and frozen >= ({torch.bfloat16} if "lora" in name else {torch.float32})
     assert (tmp_path / "checkpoint-2" / "complete.json").is_file()
+
+
+def test_a_run_leaves_a_recipe_that_is_read_again(stand_in, tmp_path):
+    (recipe,) = (path for path in RECIPES if path.stem == "llava-7b-lora")
+    arguments, config = parse(command(stand_in, tmp_path / "first", recipe))
+    finetune(arguments, config)
+    written = (tmp_path / "first" / "recipe.yaml").read_text()
+    assert str(tmp_path) not in written and str(stand_in) not in written
+    reading = ["--config", str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    again, told = parse(reading)
+    assert (again.model, again.train_data, again.lora_rank) == ("model", ["mine.jsonl"], 8)
+    for name in ("learning_rate", "lr_scheduler_type", "max_steps", "bf16", "mask_dice_weight", "max_length", "optim"):
+        assert getattr(told, name) == getattr(config, name), name
+    card = build_card(tmp_path / "first").text
+    assert "- Data: mine.jsonl" in card and "lora_rank: 8" in card
 
 
 def test_the_recipes_of_the_issue_are_there_and_keep_the_official_numbers():

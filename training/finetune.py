@@ -20,6 +20,7 @@ from uground.training.data import scene_dataset
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import prepared_dataset
 from uground.training.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
+from uground.training.recipe_file import write_recipe
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
 SCENES = "scenes"
@@ -142,7 +143,7 @@ def load_model(arguments: FinetuneArguments):
 
 def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGroundTrainer:
     """
-    Train as told and save model and processor to `config.output_dir`; goes on from the last whole checkpoint there.
+    Train as told and save model, processor and recipe to `config.output_dir`, going on from a whole checkpoint there.
 
     Raises:
         ValueError: something that was passed does not make sense, or the run found there was told something else.
@@ -171,6 +172,8 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
     )
     trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_recipe(config.output_dir, arguments, config)
     return trainer
 
 
