@@ -187,8 +187,10 @@ def image_similarity(
     for segment, place in enumerate(zip(rows.tolist(), layer_index.tolist(), strict=True)):
         groups.setdefault(place, []).append(segment)
     similarity = segment_states.new_zeros((len(segment_states), image_positions.shape[1]), dtype=torch.float32)
-    for (row, layer), segments in groups.items():
-        state = hidden_states[layer][row]
-        tokens = state[image_positions[row].to(state.device)].to(segment_states.device)
-        similarity[segments] = segment_states[segments].float() @ tokens.float().T
+    # Mixed precision would turn the products to bfloat16.
+    with torch.autocast(similarity.device.type, enabled=False):
+        for (row, layer), segments in groups.items():
+            state = hidden_states[layer][row]
+            tokens = state[image_positions[row].to(state.device)].to(segment_states.device)
+            similarity[segments] = segment_states[segments].float() @ tokens.float().T
     return similarity

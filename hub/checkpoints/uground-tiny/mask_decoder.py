@@ -56,19 +56,19 @@ class MaskDecoder(PreTrainedModel):
         side = self.low_resolution
         if len(segment_image) == 0:
             return image_embeddings.new_zeros((0, side, side)).float(), image_embeddings.new_zeros((0,)).float()
-        embeddings = image_embeddings[segment_image]
-        sparse = None if embedding_prompts is None else embedding_prompts[:, None, None].to(embeddings.dtype)
-        if mask_prompts is None:
-            _, dense = self.sam.prompt_encoder(None, None, None, None)
-        else:
-            _, dense = self.sam.prompt_encoder(None, None, None, mask_prompts[:, None].to(embeddings.dtype))
+        # The parts may differ in dtype: what is trained beside frozen weights in bfloat16 is held in float32.
+        dtype = self.sam.mask_decoder.iou_token.weight.dtype
+        embeddings = image_embeddings[segment_image].to(dtype)
+        sparse = None if embedding_prompts is None else embedding_prompts[:, None, None].to(dtype)
+        if mask_prompts is not None:
+            mask_prompts = mask_prompts[:, None].to(self.sam.prompt_encoder.no_mask_embed.weight.dtype)
+        _, dense = self.sam.prompt_encoder(None, None, None, mask_prompts)
+        positions = self.sam.get_image_wide_positional_embeddings().to(dtype)
         masks, iou_scores = self.sam.mask_decoder(
             image_embeddings=embeddings,
-            image_positional_embeddings=self.sam.get_image_wide_positional_embeddings().expand(
-                len(embeddings), -1, -1, -1
-            ),
+            image_positional_embeddings=positions.expand(len(embeddings), -1, -1, -1),
             sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
+            dense_prompt_embeddings=dense.to(dtype),
             multimask_output=False,
         )
         return masks[:, 0, 0].float(), iou_scores[:, 0, 0].float()

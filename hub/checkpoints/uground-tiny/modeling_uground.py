@@ -95,6 +95,9 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
             raise ValueError(
                 f"the weights in {pretrained_model_name_or_path} do not fit the model; tensors {'; '.join(problems)}"
             )
+        # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
+        if conversions := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         return (model, info) if output_loading_info else model
 
 

@@ -20,7 +20,8 @@ class SegmentProjection(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, prompt_size)
 
     def forward(self, segment_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.relu(self.linear_1(segment_states)))
+        # Beside a frozen language model in bfloat16 this may be trained in float32.
+        return self.linear_2(F.relu(self.linear_1(segment_states.to(self.linear_1.weight.dtype))))
 
 
 class SimilarityScaling(nn.Module):
