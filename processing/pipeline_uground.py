@@ -4,9 +4,10 @@ import gc
 import os
 from collections.abc import Iterable, Mapping, Sized
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
@@ -19,6 +20,8 @@ POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "ret
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
 # Length of an answer where neither the call nor the checkpoint says one; the default of transformers cuts at 20.
 MAX_NEW_TOKENS = 128
+# What is one image, or none at all, although it may be iterable.
+IMAGE_TYPES = (str, bytes, np.ndarray, torch.Tensor, Image.Image)
 # `pipeline(...)` reads these for the download and hands them on.
 LOADING_ARGUMENTS = ("local_files_only",)
 
@@ -54,7 +57,7 @@ class ReferringSegmentationPipeline(Pipeline):
         """
         Args:
             inputs: an image, or a list of images, with `text`; without it, `{"image": …, "text": …}`, or a list,
-                dataset or generator of such items. `image=` and `images=` are other names for it.
+                dataset or iterable of such items. `image=` and `images=` are other names for it.
             text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
             batch_size (`int`): how many images go through the model at a time, with all of their queries.
             max_new_tokens (`int`): most tokens of an answer; by default what the checkpoint says.
@@ -71,7 +74,7 @@ class ReferringSegmentationPipeline(Pipeline):
 
         Returns:
             For one image and one query a result, for one image and a list of queries a list of results; for a list
-            of images or items a list of these; for a dataset or generator an iterator over them.
+            of images or items a list of these; for a dataset or other iterable an iterator over them.
 
         Raises:
             TypeError: an argument is not known.
@@ -86,8 +89,11 @@ class ReferringSegmentationPipeline(Pipeline):
             inputs = _make_items(inputs, text)
         elif isinstance(inputs, (list, tuple)):
             inputs = list(inputs)
-        elif not isinstance(inputs, Mapping) and (isinstance(inputs, str) or not isinstance(inputs, Iterable)):
-            raise ValueError(f"text is needed with an image, got {type(inputs).__name__} alone")
+        elif not isinstance(inputs, (Mapping, Dataset)):
+            if isinstance(inputs, IMAGE_TYPES) or not isinstance(inputs, Iterable):
+                raise ValueError(f"text is needed with an image, got {type(inputs).__name__} alone")
+            # The base class streams torch datasets and generators only.
+            inputs = (item for item in inputs)
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -196,8 +202,11 @@ class ReferringSegmentationPipeline(Pipeline):
         rows, and any number of segments comes out.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        kind = PipelineDataset if isinstance(inputs, Sized) else PipelineIterator
-        items = kind(inputs, self.preprocess, preprocess_params)
+        if isinstance(inputs, Sized) and not isinstance(inputs, IterableDataset):
+            items = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            items = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)  # each of several would go through all items
         loader = DataLoader(items, batch_size=batch_size, num_workers=num_workers, collate_fn=self._collate)
         for batch in loader:
             yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)

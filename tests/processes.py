@@ -19,10 +19,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distributed_jobs", "resume_jobs"])
 
 
-# Below the ports that the system hands out by itself, and other ones in each of the tests' own processes: nobody takes
+# Below the ports that the system hands out by itself, and others in each process that runs tests: hardly anybody takes
 # one between its being found free and its use.
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_ports = itertools.cycle(range(21000 + 500 * _worker, 21500 + 500 * _worker))
+_first = 10000 + os.getpid() * 37 % 20000
+_ports = itertools.cycle(range(_first, _first + 37))
 
 
 def free_port() -> int:
@@ -35,8 +35,8 @@ def free_port() -> int:
 
 def launched(count: int, *command) -> list[str]:
     """The command line that starts `python -m command` in `count` processes of one job."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    return [*launcher, "--master-port", str(free_port()), "-m", *map(str, command)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [*launcher, "-m", *map(str, command)]
 
 
 def forget_process_group() -> None:

@@ -1,16 +1,17 @@
 """The run that `test_resume` kills; a module of its own, so that a process can import it."""
 
-import time
+import os
+import signal
 
 import torch
 from processes import forget_process_group
 from tiny import tiny_model
 from tiny_training import example, tiny_trainer
 
+from uground.training import trainer as training
 from uground.training.mixture import Mixture, MixtureEpochs
 
 STEPS = 8
-BATCHES_FILE = "batches"  # grows by a byte with every batch
 
 
 def build(folder, baseline: str, **settings):
@@ -35,18 +36,26 @@ def build(folder, baseline: str, **settings):
     return trainer
 
 
-def run(folder, baseline: str, pause: float = 0.0) -> None:
-    """Train in a process of its own, resuming if there is something to resume; `pause` makes each step longer."""
+def run(folder, baseline: str, last_batch: int | None = None, last_save: int | None = None) -> None:
+    """
+    Train in a process of its own that kills itself: at the beginning of a batch, or when all of a checkpoint is
+    written but the list of files that makes it count.
+    """
     torch.set_num_threads(1)
     forget_process_group()
     trainer = build(folder, baseline)
-    step = trainer.training_step
+    step, mark, batches = trainer.training_step, training.mark_complete, []
 
-    def slow_step(*args, **kwargs):
-        with open(folder / BATCHES_FILE, "ab") as counter:
-            counter.write(b".")
-        time.sleep(pause)
+    def counted_step(*args, **kwargs):
+        batches.append(len(batches))
+        if len(batches) == last_batch:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(*args, **kwargs)
 
-    trainer.training_step = slow_step
+    def watched_mark(checkpoint, record):
+        if checkpoint.name == f"checkpoint-{last_save}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        mark(checkpoint, record)
+
+    trainer.training_step, training.mark_complete = counted_step, watched_mark
     trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from tiny import REJECT_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
 from tiny_processor import tiny_processor
 from tiny_training import tiny_trainer
@@ -98,6 +99,15 @@ def test_an_adapter_is_trained_further(trained, tmp_path):
     now = get_peft_model_state_dict(model)
     assert set(now) == set(saved)
     assert any(not torch.equal(now[name], value) for name, value in saved.items() if "lora_" in name)
+
+
+def test_an_adapter_on_a_base_in_bfloat16_comes_back_as_it_was_saved(trained):
+    _, folder, _ = trained
+    model = with_saved_adapter(tiny_model().to(torch.bfloat16).train(), str(folder))
+    stored, read = load_file(folder / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    assert set(stored) == set(read)
+    for name, value in stored.items():
+        assert torch.equal(read[name], value) or "reward" in name, name
 
 
 def test_what_is_trained_is_held_in_float32():

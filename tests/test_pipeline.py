@@ -1,11 +1,13 @@
 """The pipeline: nesting, batching, arguments and refusals, on a tiny random model told what to write."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
+from torch.utils.data import Dataset, IterableDataset
 from transformers import pipeline
 
 from uground.processing import ReferringSegmentationPipeline
@@ -106,6 +108,57 @@ def test_every_way_to_hand_in_images(pipe, tmp_path):
     assert pipe([]) == []
 
 
+class MapStyle(Dataset):
+    """As `KeyDataset` of transformers: a length and items, and no `__iter__`."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, number):
+        return self.items[number]
+
+
+class Stream(IterableDataset):
+    """A length and an order, and no items by number."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_datasets_and_iterators_stream(pipe):
+    texts = ["the red cup", ["a tree", "the blue boat"], "a tree"]
+    items = [{"image": Image.fromarray(gradient_image(30, 50)), "text": text} for text in texts]
+    expected = ask(pipe, items)
+    rows = datasets.Dataset.from_list([item for item in items if isinstance(item["text"], str)])
+    for given, results in (
+        (rows, expected[::2]),
+        (rows.to_iterable_dataset(), expected[::2]),
+        (MapStyle(items), expected),
+        (Stream(items), expected),
+        (map(dict, items), expected),
+        (iter(items), expected),
+        (dict(enumerate(items)).values(), expected),
+    ):
+        stream = ask(pipe, given, batch_size=2)
+        assert not isinstance(stream, list)
+        stream = list(stream)
+        assert len(stream) == len(results)
+        for one, other in zip(stream, results, strict=True):
+            pairs = [(one, other)] if isinstance(other, dict) else zip(one, other, strict=True)
+            for a, b in pairs:
+                assert_same(a, b)
+    assert len(list(ask(pipe, map(dict, items), num_workers=2))) == len(items)
+
+
 def test_call_arguments_reach_their_stage(pipe):
     image = gradient_image(30, 50)
     last = ask(pipe, image, "a tree", layer_selection="last", return_similarity=True)
@@ -139,6 +192,8 @@ def test_unusable_inputs_are_refused(pipe):
         pipe("image.png")
     with pytest.raises(ValueError, match="text is needed with an image, got Image alone"):
         pipe(Image.fromarray(image))
+    with pytest.raises(ValueError, match="text is needed with an image, got ndarray alone"):
+        pipe(image)
     with pytest.raises(ValueError, match="images must be given once.*got 2"):
         pipe(image, "a", image=image)
     with pytest.raises(ValueError, match="images must be given once.*got 0"):

@@ -1,5 +1,10 @@
 """The processor: tensors for the model, and refusals in one sentence."""
 
+import base64
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +13,7 @@ from tiny_processor import WORDS, gradient_image, tiny_processor, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from uground.processing import UGroundProcessor, letterbox_image_processor, read_image
+from uground.processing import UGroundProcessor, image_reading, letterbox_image_processor, read_image
 from uground.processing.prompt_format import PromptFormat
 from uground.processing.query_layout import match_answers, pair_images_with_queries
 
@@ -226,6 +231,67 @@ def test_grey_and_transparent_modes():
     assert np.unique(np.asarray(read_image(grey.convert("1")))).tolist() == [0, 255]
     clear = Image.new("RGBA", (4, 3), (10, 20, 30, 0))
     assert (np.asarray(read_image(clear)) == 255).all()
+    half = Image.new("LA", (4, 3), (100, 128))
+    expected = np.asarray(read_image(half)).astype(int)
+    assert np.abs(np.asarray(read_image(half.convert("La"))) - expected).max() <= 1
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The URL that `tmp_path` is served at."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_urls_and_data_uris_read_as_paths(site, tmp_path):
+    grey = gradient_image(6, 9)[..., 0]
+    pictures = {
+        "clear": Image.fromarray(np.dstack([gradient_image(6, 9), grey])),
+        "deep grün": Image.fromarray(grey.astype(np.uint16) * 257),
+        "plain": Image.fromarray(gradient_image(6, 9)),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for stem, picture in pictures.items():
+        path = tmp_path / f"{stem}.png"
+        picture.save(path, exif=exif)
+        expected = np.asarray(read_image(path))
+        assert expected.shape == (9, 6, 3)
+        assert np.array_equal(np.asarray(read_image(f"{site}/{stem}.png")), expected)
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        for content in (encoded, encoded.replace("+", "%2B")):
+            assert np.array_equal(np.asarray(read_image(f"data:image/png;base64,{content}")), expected)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep grün.png").rotate(90, expand=True))[..., 0], grey)
+
+
+def test_unusable_urls_are_named(site, tmp_path, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), QuietHandler) as closed:
+        port = closed.server_address[1]
+    (tmp_path / "text.png").write_text("not a picture")
+    for url, reason in (
+        (f"http://127.0.0.1:{port}/a.png", "cannot be loaded: .*refused"),
+        (f"{site}/nowhere.png", "cannot be loaded: HTTP Error 404: File not found"),
+        (f"{site}/text.png", "cannot be read: it is no known image format"),
+        ("http://127.0.0.1:x/a.png", "cannot be loaded: nonnumeric port: 'x'"),
+        ("data:image/png;base64,abc", "cannot be loaded: Incorrect padding"),
+        ("data:image/png;base64", "cannot be read: it is no known image format"),
+    ):
+        with pytest.raises(OSError, match=f"the image '{url}' {reason}") as caught:
+            read_image(url)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(image_reading, "MAX_URL_BYTES", 5)
+    with pytest.raises(ValueError, match="text.png' is too large: expected at most 5 bytes, got more"):
+        read_image(f"{site}/text.png")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (1, 5, 3), (5, 1, 3), (1, 1)])

@@ -1,17 +1,15 @@
 """A run that was killed goes on as if it had not been; half-written checkpoints and changed runs are recognised."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from processes import CONTEXT
-from resume_jobs import BATCHES_FILE, STEPS, build, run
+from resume_jobs import STEPS, build, run
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_training import tiny_trainer
@@ -20,16 +18,14 @@ from uground.training.adapters import lora_config, with_adapter
 from uground.training.checkpoints import COMPLETE_FILE, last_complete_checkpoint, what_is_missing
 
 
-def kill(folder, baseline: str, moment) -> None:
-    """Start a run and kill it as soon as `moment()` holds."""
-    worker = CONTEXT.Process(target=run, args=(folder, baseline, 0.02))
+def run_until_killed(folder, baseline: str, **moment) -> None:
+    """A run in a process of its own that kills itself at a moment; see `resume_jobs.run`."""
+    worker = CONTEXT.Process(target=run, args=(folder, baseline), kwargs=moment)
     worker.start()
-    deadline = time.monotonic() + 240
-    while not moment() and worker.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    assert worker.exitcode == -signal.SIGKILL, "the run must not have ended by itself"
+    worker.join(240)
+    code = worker.exitcode
+    worker.kill()
+    assert code == -signal.SIGKILL, "the run must not have ended by itself"
 
 
 def assert_ends_alike(whole, resumed, killed) -> None:
@@ -50,19 +46,12 @@ def test_killed_anywhere_a_run_ends_with_the_weights_of_an_uninterrupted_one(tmp
     whole = build(tmp_path / "whole", baseline)
     whole.train()
     killed = tmp_path / "killed"
-    # Another moment each time the test runs: two batches make a step, and every second step is kept.
-    batches, pause = random.randint(1, 2 * STEPS - 1), random.uniform(0, 0.05)
-
-    def moment():
-        if not (killed / BATCHES_FILE).exists() or (killed / BATCHES_FILE).stat().st_size < batches:
-            return False
-        time.sleep(pause)
-        return True
-
-    kill(killed, baseline, moment)
+    # Another one each time the test runs: two batches make a step, and every second step is kept.
+    batch = random.randint(2, 2 * STEPS)
+    run_until_killed(killed, baseline, last_batch=batch)
     resumed = build(killed, baseline)
     last = resumed.resumable_checkpoint()
-    assert batches < 6 or last is not None, (batches, pause)
+    assert (last is None) == (batch <= 4), f"killed at batch {batch}"
     resumed.train(resume_from_checkpoint=last)
     assert_ends_alike(whole, resumed, killed)
 
@@ -71,9 +60,10 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     whole = build(tmp_path / "whole", "critic")
     whole.train()
     killed, step = tmp_path / "killed", 6
-    kill(killed, "critic", (killed / f"checkpoint-{step}").exists)
+    run_until_killed(killed, "critic", last_save=step)
+    assert (killed / f"checkpoint-{step}" / "model.safetensors").is_file()
     last = last_complete_checkpoint(killed)
-    assert last is not None and int(last.name.split("-")[1]) in (step - 2, step)
+    assert last.name == f"checkpoint-{step - 2}"
     # A kill between two writes of a later checkpoint.
     later = killed / f"checkpoint-{step + 1}"
     shutil.copytree(last, later)

@@ -118,6 +118,55 @@ def test_history_that_is_too_long_is_forgotten_first(model):
             session(["a", "the"], max_new_tokens=1)
 
 
+def whole_prompt(processor, query):
+    content = [{"type": "image"}, {"type": "text", "text": query}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def test_a_whole_prompt_is_refused_with_history(model, processor):
+    with model.image_session(gradient_image(30, 50), processor, history=True) as session:
+        for count in range(2):
+            for query in (whole_prompt(processor, "fish"), "the <image>"):
+                with pytest.raises(
+                    ValueError, match="a session with history takes plain queries, got a text with <im"
+                ):
+                    session(query, max_new_tokens=1)
+            assert len(session.turns) == count
+            session("a tree", **write(processor, ANSWER))
+        assert len(session.turns) == 2
+
+
+def test_only_a_prompt_that_is_too_long_drops_turns(model, processor, monkeypatch):
+    with model.image_session(gradient_image(30, 50), processor, history=True) as session:
+        session("a tree", **write(processor, ANSWER))
+        encode = processor.encode_queries
+
+        def refuse_conversations(queries, **settings):
+            if queries != ["fish"]:
+                raise ValueError("of the template")
+            return encode(queries, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(processor, "encode_queries", refuse_conversations)
+            with pytest.raises(ValueError, match="of the template"):
+                session("fish", max_new_tokens=1)
+        assert session.turns == [("a tree", "the cup is [SEG].")]
+        # An answer that spells the placeholder of an image puts no second image into the conversation.
+        session.turns = [("a tree", "the <image> is [SEG].")]
+        session("fish", **write(processor, ANSWER))
+        assert len(session.turns) == 2
+
+
+def test_a_whole_prompt_does_not_become_a_label(model, processor):
+    image, answer = gradient_image(30, 50), "it is [SEG] ."
+    prompt = whole_prompt(processor, "the red cup")
+    with model.image_session(image, processor) as session:
+        assert session(prompt, **write(processor, answer))["labels"] == ["the red cup"]
+        mixed = session(["fish", prompt], **write(processor, answer))
+        assert [result["labels"] for result in mixed] == [["fish"], ["the red cup"]]
+        assert session(prompt, **write(processor, ANSWER))["labels"] == ["the cup"]
+
+
 @pytest.mark.parametrize("leave", ["close", "with", "error"])
 def test_memory_is_given_back(model, processor, leave):
     session = model.image_session(gradient_image(30, 50), processor)
@@ -155,11 +204,17 @@ def test_a_changed_image_is_noticed(model, processor, tmp_path):
     picture = Image.fromarray(array)
     path = tmp_path / "image.png"
     picture.save(path)
+    listed, swapped = [array.copy()], [array.copy()]
+    indexed, clear = picture.quantize(8), picture.quantize(8)
     changes = {
         "array": (array, lambda: array.__setitem__((3, 4, 0), 255 - array[3, 4, 0])),
         "picture": (picture, lambda: picture.putpixel((2, 2), (9, 9, 9))),
         "file": (path, lambda: Image.fromarray(array).save(path)),
         "tensor": (tensor := torch.from_numpy(array.copy()), lambda: tensor[0, 0].add_(1)),
+        "list": (listed, lambda: listed[0].fill(7)),
+        "another in the list": (swapped, lambda: swapped.__setitem__(0, array[::-1])),
+        "palette": (indexed, lambda: indexed.putpalette(indexed.getpalette()[::-1])),
+        "transparency": (clear, lambda: clear.info.update(transparency=0)),
     }
     for image, change in changes.values():
         with model.image_session(image, processor) as session:
@@ -173,7 +228,21 @@ def test_fingerprints_tell_shapes_apart():
     flat = np.zeros((4, 6, 3), dtype=np.uint8)
     prints = {image_fingerprint(image) for image in (flat, flat.reshape(6, 4, 3), flat[:2], Image.fromarray(flat))}
     assert len(prints) == 4
-    assert image_fingerprint(flat) == image_fingerprint(flat.copy())
+    assert image_fingerprint(flat) == image_fingerprint(flat.copy()) == image_fingerprint([flat])
+    grey = Image.new("L", (6, 4))
+    prints = {
+        image_fingerprint(image) for image in (grey, grey.convert("P"), grey.resize((4, 6)), Image.new("P", (6, 4)))
+    }
+    assert len(prints) == 4
+
+
+def test_asking_about_a_palette_image_does_not_change_it(model, processor, tmp_path):
+    path = tmp_path / "image.gif"
+    Image.fromarray(gradient_image(30, 50)).quantize(8).save(path, transparency=0)
+    with Image.open(path) as picture, model.image_session(picture, processor) as session:
+        for _ in range(2):
+            picture.convert("RGBA")
+            session("fish", max_new_tokens=1)
 
 
 def test_the_processor_of_the_checkpoint_is_found(model, processor, tmp_path):

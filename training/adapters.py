@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import BitsAndBytesConfig
 
 # Of the language model only, as in the official scripts.
@@ -83,7 +83,10 @@ def with_adapter(model, config: LoraConfig) -> PeftModel:
 
 def with_saved_adapter(model, path: str) -> PeftModel:
     """The model with an adapter that was saved before, to train it further."""
-    return trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
+    adapted = trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
+    # Once more: what is trained in full had the dtype of the base when it was read, and was rounded.
+    set_peft_model_state_dict(adapted, load_peft_weights(path, device="cpu"))
+    return adapted
 
 
 def trainable_in_float32(model: PeftModel) -> PeftModel:

@@ -24,6 +24,16 @@ from uground.training.recipe_file import write_recipe
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
 SCENES = "scenes"
+MODEL_SETTINGS = (
+    "model",
+    "dtype",
+    "quantization",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "adapter",
+)
 
 
 @dataclass
@@ -31,7 +41,10 @@ class FinetuneArguments:
     """What is trained, and on what."""
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of the checkpoint to start from"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: float32, bfloat16, or as they were saved"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "of the weights: float32 or bfloat16; by default as saved, or float32 without an adapter"},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2"})
     quantization: str = field(default="none", metadata={"help": "of the frozen weights: none, 4bit or 8bit"})
     lora_rank: int = field(default=0, metadata={"help": "rank of a LoRA adapter, 0 to train the weights themselves"})
@@ -121,7 +134,10 @@ def load_model(arguments: FinetuneArguments):
         raise ValueError("quantised weights cannot be trained themselves: pass --lora_rank or --adapter as well")
     if arguments.adapter and arguments.lora_rank:
         raise ValueError("pass --lora_rank for a new adapter or --adapter for a saved one, got both")
-    settings = {"dtype": arguments.dtype, "quantization_config": quantization_config(arguments.quantization)}
+    dtype = arguments.dtype
+    if dtype == "auto" and not (arguments.lora_rank or arguments.adapter):
+        dtype = "float32"  # in bfloat16 most steps are too small to change a weight
+    settings = {"dtype": dtype, "quantization_config": quantization_config(arguments.quantization)}
     if arguments.attn_implementation is not None:
         settings["attn_implementation"] = arguments.attn_implementation
     model = UGroundForReferringSegmentation.from_pretrained(arguments.model, **settings)
@@ -156,10 +172,7 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
     if eval_name is not None:
         source, _ = open_source(eval_name, arguments, "validation")
         eval_dataset = source if eval_name == SCENES else Mixture([source], seed=config.seed).dataset()
-    record |= {
-        name: getattr(arguments, name)
-        for name in ("model", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter")
-    }
+    record |= {name: getattr(arguments, name) for name in MODEL_SETTINGS}
     trainer = UGroundTrainer(
         model=model,
         args=config,
@@ -171,9 +184,10 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
     )
     trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())
-    trainer.save_model()
     if trainer.is_world_process_zero():
+        # First: saving may publish, with a card that tells the recipe.
         write_recipe(config.output_dir, arguments, config)
+    trainer.save_model()
     return trainer
 
 

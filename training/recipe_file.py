@@ -27,6 +27,7 @@ def write_recipe(folder, arguments, config) -> Path:
     told = {field.name: told[field.name] for field in fields(arguments) if told[field.name] != _default(field)}
     told |= {name: getattr(config, name) for name in (*BATCH_SETTINGS, *LENGTH_SETTINGS, *SETTINGS_THAT_MATTER)}
     recipe = {name: _plain(value) for name, value in told.items() if value is not None}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / RECIPE_FILE
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path

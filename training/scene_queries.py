@@ -7,6 +7,7 @@ exact: a referring phrase matches one object, an absent one none. A "shape" is a
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 
@@ -29,6 +30,7 @@ SUPERLATIVE_SHARE = 0.45  # of relations
 ABSENT_RIDDLE_SHARE = ATTRIBUTE_WEIGHTS["rs"] / (ATTRIBUTE_WEIGHTS["res"] + ATTRIBUTE_WEIGHTS["rs"])
 ABSENT_RELATION_SHARE = (1 - ABSENT_RIDDLE_SHARE) * RELATION_SHARE
 EXCHANGE_ALL_SHARE = 0.3
+FORM_TRIES = 60
 NONE_SHARE = 0.25  # of gres
 PARTLY_ABSENT_SHARE = 0.13  # of multi_rs
 CLEAR_MARGIN = 24.0  # pixels between centres for "left of" to hold
@@ -241,7 +243,9 @@ class Grammar:
     def absent(self, riddles: float, relations: float, short: bool | None = None) -> Phrase:
         """A phrase that means nothing in the scene; `riddles` and `relations` are the shares of these forms."""
         draw = self.rng.random()
-        while True:
+        for attempt in count():
+            if attempt == FORM_TRIES:
+                draw = 1.0  # this scene offers no riddle, or no relation
             index = int(self.rng.integers(len(self.objects)))
             if draw < riddles:
                 phrase = self.absent_riddle(index)

@@ -1,7 +1,9 @@
 """What a training run can be told, and which parameters it trains."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
 from uground.training.grounding_loss import MapTarget
@@ -70,6 +72,9 @@ class UGroundTrainingConfig(SFTConfig):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            # Otherwise each process would take itself for the only one.
+            self.use_cpu = True
         super().__post_init__()
         if self.train_layer_selection not in TRAIN_LAYER_SELECTIONS:
             raise ValueError(

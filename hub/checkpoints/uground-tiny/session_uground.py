@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +50,8 @@ class ImageSession:
     def __call__(self, query: str | list[str], threshold: float = 0.0, mask_threshold: float = 0.0, **settings):
         """
         Args:
-            query: a query, or, without history, a list of queries, which are answered as a batch.
+            query: a query, or, without history, a list of queries, which are answered as a batch. Without history, a
+                query may be a whole prompt, as the processor takes it.
             threshold, mask_threshold: as in the processor's `post_process_instance_segmentation`.
             settings: for the model's `segment`: `max_new_tokens`, `layer_selection`, `max_rows` …
 
@@ -66,10 +69,17 @@ class ImageSession:
         queries = [query] if isinstance(query, str) else list(query)
         if self._history and len(queries) != 1:
             raise ValueError(f"a session with history takes one query at a time, got {len(queries)}")
+        image_token = self._processor.image_token
+        if self._history and image_token in str(queries[0]):
+            raise ValueError(
+                f"a session with history takes plain queries, got a text with {image_token}: {queries[0][:200]!r}"
+            )
         inputs = self._encode(queries).to(self._model.device)
         outputs = self._model.segment(**inputs, image_embeddings=self._images, prefix=self._prefix, **settings)
+        # Where a text is a whole prompt, its query is read off the prompt.
+        plain = [None if image_token in text else text for text in queries]
         results = self._processor.post_process_instance_segmentation(
-            outputs, threshold=threshold, mask_threshold=mask_threshold, queries=queries
+            outputs, threshold=threshold, mask_threshold=mask_threshold, queries=plain
         )
         if self._history:
             self.turns = [*self.turns, (queries[0], results[0]["answer"])][-self._max_turns :]
@@ -79,16 +89,18 @@ class ImageSession:
         """Prompts of queries; with history behind as many of the last turns as fit."""
         inputs = self._processor.encode_queries(queries)
         while self.turns:
-            try:
-                return self._processor.encode_queries([self._conversation(queries[0])])
-            except ValueError:
-                # The query by itself fits, so it is the history that is too long.
-                self.turns.pop(0)
+            conversation = self._processor.encode_queries([self._conversation(queries[0])], max_length=sys.maxsize)
+            if conversation["input_ids"].shape[1] <= self._processor.tokenizer.model_max_length:
+                return conversation
+            # The query by itself fits, so it is the history that is too long.
+            self.turns.pop(0)
         return inputs
 
     def _conversation(self, query: str) -> str:
         messages = []
         for asked, answer in self.turns:
+            # A conversation has one image, whatever an answer spells.
+            answer = answer.replace(self._processor.image_token, "")
             messages.append({"role": "user", "content": [{"type": "text", "text": asked.strip()}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": query.strip()}]})
@@ -144,9 +156,14 @@ class ImageSessionMixin:
 
 def image_fingerprint(image) -> str:
     """What changes when the content of an image changes; a URL is taken to stay what it is."""
+    while isinstance(image, Sequence) and not isinstance(image, (str, bytes)) and len(image) == 1:
+        image = image[0]
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(image, Image.Image):
-        digest.update(repr((image.mode, image.size)).encode())
+        # Mode and size of a file may change when it is loaded.
+        image.load()
+        transparency = image.info.get("transparency")
+        digest.update(repr((image.mode, image.size, image.getpalette(), transparency)).encode())
         digest.update(image.tobytes())
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         array = image.detach().cpu() if isinstance(image, torch.Tensor) else image
