@@ -109,23 +109,39 @@ def complete_folder(
     """
     folder = Path(folder)
     has_card = (folder / "README.md").is_file()
-    told = [name for name, value in facts.items() if name != "repo_id" and value is not None]
-    if has_card and told and not replace_card:
-        raise ValueError(
-            f"there is a README.md already, which is taken as it is, so {', '.join(told)} would go nowhere: write it "
-            "anew with `python -m uground.hub.card PATH --write`, or remove it"
-        )
+    if has_card and not replace_card:
+        refuse_facts(facts)
     config = stamp_config(folder)
     write_code(folder)
-    for fact, name in (("results_json", "results.json"), ("recipe", RECIPE_FILE)):
-        if facts.get(fact) is not None:
-            _keep(Path(facts[fact]), folder / name)
+    keep_files(folder, facts)
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(config.get_text_config()).save_pretrained(folder)
     if example and not (folder / "example_overlay.png").is_file():
         write_example(folder, load_checkpoint(folder) if model is None else model)
     if replace_card or not has_card:
         write_card(folder, **facts)
+
+
+def refuse_facts(facts: dict) -> None:
+    """
+    For a folder whose card stays as it is: refuse facts that only a new card would tell.
+
+    Raises:
+        ValueError: names those that are given.
+    """
+    told = [name for name, value in facts.items() if name != "repo_id" and value is not None]
+    if told:
+        raise ValueError(
+            f"there is a README.md already, which is taken as it is, so {', '.join(told)} would go nowhere: write it "
+            "anew with `python -m uground.hub.card PATH --write`, or remove it"
+        )
+
+
+def keep_files(folder: Path, facts: dict) -> None:
+    """Copy figures and recipe to a folder, where they are given."""
+    for fact, name in (("results_json", "results.json"), ("recipe", RECIPE_FILE)):
+        if facts.get(fact) is not None:
+            _keep(Path(facts[fact]), folder / name)
 
 
 def _keep(source: Path, target: Path) -> None:

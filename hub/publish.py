@@ -20,7 +20,7 @@ from transformers import logging
 
 from uground.hub.card import add_card_arguments, card_facts, write_card
 from uground.hub.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_checkpoint, read_config
-from uground.hub.closure import complete_folder, write_json
+from uground.hub.closure import complete_folder, keep_files, refuse_facts, write_json
 from uground.hub.command import run_command
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.weight_files import name_some
@@ -109,7 +109,11 @@ def _stage_adapter(source: Path, folder: Path, base_model: str | None, facts: di
     write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": base})
     card = folder / "README.md"
     # peft leaves an empty card with every adapter.
-    if not card.is_file() or not is_card_of_uground(card.read_text(encoding="utf-8")):
+    if card.is_file() and is_card_of_uground(card.read_text(encoding="utf-8")):
+        # The base goes to the configuration.
+        refuse_facts({**facts, "base_models": None})
+    else:
+        keep_files(folder, facts)
         write_card(folder, **{**facts, "base_models": [base]})
 
 

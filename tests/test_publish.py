@@ -17,6 +17,7 @@ from tiny import tiny_inputs, tiny_model
 from tiny_processor import tiny_processor
 
 from uground.hub import publish_data
+from uground.hub.card import write_card
 from uground.hub.closure import code_files
 from uground.hub.publish import main
 from uground.modeling_uground import UGroundForReferringSegmentation
@@ -297,6 +298,42 @@ def test_adapter_names_its_base(tmp_path, hub, capsys):
     card = files["README.md"].data.decode()
     assert f"base_model: {BASE}" in card
     assert "library_name: peft" in card
+
+
+def test_adapter_keeps_figures_and_recipe(tmp_path, hub):
+    folder = tmp_path / "adapter"
+    tiny_adapter(folder)
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text("train_data: [scenes]\n")
+    results = tmp_path / "given.json"
+    results.write_text(json.dumps({"figures": {"last": {"all": {"ciou": 0.5}}}}))
+    flags = ("--base-model", BASE, "--license", "mit", "--recipe", str(recipe), "--results", str(results))
+    assert publish(folder, "someone/lora", "--adapter", *flags) == 0
+    files = hub.repository("someone/lora").head.files
+    assert files["recipe.yaml"].data == recipe.read_bytes()
+    assert files["results.json"].data == results.read_bytes()
+    assert "license: mit" in files["README.md"].data.decode()
+    assert not (folder / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "fact"),
+    [
+        ("--license", "mit", "license"),
+        ("--dataset", "scenes", "datasets"),
+        ("--recipe", "given.yaml", "recipe"),
+        ("--results", "given.json", "results_json"),
+    ],
+)
+def test_flags_beside_the_card_of_an_adapter(flag, value, fact, tmp_path, hub, capsys):
+    folder = tmp_path / "adapter"
+    tiny_adapter(folder)
+    write_card(folder, base_models=[BASE])
+    given = ("--adapter", "--base-model", BASE)
+    assert publish(folder, "someone/lora", *given, flag, value) != 0
+    assert f"so {fact} would go nowhere" in error_of(capsys)
+    assert hub.requests == []
+    assert publish(folder, "someone/lora", *given) == 0
 
 
 @pytest.mark.parametrize("spoilt", ["nan", "whole checkpoint"])

@@ -1,14 +1,21 @@
 """What a training run leaves on the Hub: repositories that load by themselves, and no pickles."""
 
+from concurrent.futures import wait
+from pathlib import Path
+from threading import Event
+
 import pytest
 from huggingface_hub import snapshot_download
 from loopback_hub import LoopbackHub, connected
 from tiny import tiny_model
 from tiny_processor import tiny_processor
+from transformers.utils.hub import PushInProgress
 
+from uground.hub import trainer_push
 from uground.hub.checkpoint_folder import load_checkpoint
 from uground.hub.closure import code_files
 from uground.processing import UGroundProcessor
+from uground.training.checkpoints import what_is_missing
 from uground.training.data import scene_dataset
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
@@ -79,7 +86,44 @@ def test_push_with_every_save(hub, tmp_path):
     assert_complete(hub, tmp_path, "Training in progress, step 2")
 
 
-def test_push_with_the_state_to_resume_from(hub, tmp_path):
-    make_trainer(tmp_path / "run", hub_strategy="checkpoint").train()
-    assert_complete(hub, tmp_path, "Training in progress, step 2", extra={"last-checkpoint"})
-    assert "last-checkpoint/optimizer.pt" in hub.repository(REPOSITORY).head.files
+@pytest.mark.parametrize(
+    ("strategy", "pushed"),
+    [("checkpoint", {"last-checkpoint"}), ("all_checkpoints", {"checkpoint-1", "checkpoint-2"})],
+)
+def test_push_with_the_state_to_resume_from(strategy, pushed, hub, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(PushInProgress, "wait_until_done", lambda push: jobs.extend(push.jobs) or wait(push.jobs))
+    # The first push waits until its checkpoint is rotated away.
+    rotated = Event()
+    upload = trainer_push._upload
+    monkeypatch.setattr(trainer_push, "_upload", lambda *given: rotated.wait(60) and upload(*given))
+    trainer = make_trainer(tmp_path / "run", hub_strategy=strategy)
+    finish = trainer._finish_current_push
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: (rotated.set(), finish()))
+    trainer.train()
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
+    assert [job.exception() for job in jobs] == [None, None]
+    assert not list((tmp_path / "run").glob("_push-*"))
+    assert_complete(hub, tmp_path, "Training in progress, step 2", extra=pushed)
+    assert not [name for name in hub.repository(REPOSITORY).head.files if name.endswith("training_args.bin")]
+    folder = Path(snapshot_download(REPOSITORY, cache_dir=tmp_path / "cache"))
+    for name in pushed:
+        assert (folder / name / "optimizer.pt").is_file()
+        assert what_is_missing(folder / name) is None
+    assert what_is_missing(tmp_path / "run" / "checkpoint-2") is None
+    resumed = make_trainer(tmp_path / "resumed", hub_strategy="end")
+    resumed.args.max_steps = 3
+    resumed.train(resume_from_checkpoint=str(folder / max(pushed)))
+    assert resumed.state.global_step == 3
+
+
+def test_failed_push_is_told(hub, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError("the Hub is away")
+
+    monkeypatch.setattr(trainer_push.HfApi, "upload_folder", refuse)
+    told = []
+    monkeypatch.setattr(trainer_push.logger, "warning", told.append)
+    make_trainer(tmp_path / "run", hub_strategy="every_save").train()
+    assert told[-1] == "'Training in progress, step 2' could not be pushed: the Hub is away"
+    assert not list((tmp_path / "run").glob("_push-*"))

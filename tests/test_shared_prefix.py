@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import END_TOKEN, IMAGE_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
+from tiny import END_TOKEN, IMAGE_TOKEN, SEGMENT_TOKEN, say_only, tiny_inputs, tiny_model
 from transformers import BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList
 
 from uground.modeling_uground.mask_decoder import mask_overlap
@@ -173,7 +173,9 @@ def test_more_queries_than_fit_are_split(max_rows, lmm_calls):
     model, inputs = tiny_model(), tiny_inputs(PROMPTS, [0] * 5)
     # The same answer for all, as the script starts anew with every part; of unequal length by what the rows write.
     model.generation_config.pad_token_id = 0
+    model.generation_config.suppress_tokens = say_only(S)
     expected = model.segment(**inputs, max_new_tokens=6)
+    assert set(expected.segment_row.tolist()) == {0, 1, 2, 3, 4}
     calls = lmm_calls(model)
     output = model.segment(**inputs, max_new_tokens=6, max_rows=max_rows)
     assert calls.count((1, 17)) == 1 and sum(rows for rows, tokens in calls if tokens == 8) == 5

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_processor import tiny_processor
 from tiny_training import dataset, example, losses_of, tiny_trainer, training_config
 from transformers import TrainerCallback
@@ -102,9 +102,12 @@ def test_logs_are_means_over_segments_and_layers_sum_to_one(tmp_path):
 def test_evaluation_does_not_depend_on_the_batch_and_generates(tmp_path):
     items, figures = [example(number) for number in range(6)], []
     for batch in (4, 1):
+        model = tiny_model()
+        model.generation_config.suppress_tokens = say_only(SEGMENT_TOKEN)
         trainer = tiny_trainer(
             tmp_path / str(batch),
             items,
+            model,
             per_device_eval_batch_size=batch,
             eval_generate_count=4,
             eval_max_new_tokens=4,
@@ -112,7 +115,8 @@ def test_evaluation_does_not_depend_on_the_batch_and_generates(tmp_path):
         )
         figures.append(trainer.evaluate())
     assert {"eval_segment_rate", "eval_reject_rate", "eval_giou", "eval_loss/text"} <= set(figures[0])
-    for name in ("eval_loss", "eval_loss/text", "eval_loss/mask_dice", "eval_segment_rate", "eval_giou"):
+    assert figures[0]["eval_segment_rate"] > 0
+    for name in ("eval_loss", "eval_loss/text", "eval_loss/mask_dice", "eval_segment_rate", "eval_giou", "eval_ciou"):
         assert figures[1][name] == pytest.approx(figures[0][name], abs=1e-5), name
 
 

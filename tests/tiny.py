@@ -78,6 +78,11 @@ def tiny_model(seed: int = 0, **settings) -> UGroundForReferringSegmentation:
     return model
 
 
+def say_only(*tokens: int) -> list[int]:
+    """`suppress_tokens` of a generation configuration that leaves only these."""
+    return [token for token in range(VOCAB_SIZE) if token not in tokens]
+
+
 def tiny_inputs(rows: list[list[int]], image_index: list[int] | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
     """
     Inputs for text `rows` of token ids, each after a start token and the 16 image tokens, padded on the left.

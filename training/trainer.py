@@ -331,7 +331,7 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save, say that it is whole, and only then delete what is older."""
+        """Save, say that it is whole, and only then push it and delete what is older."""
         folder = Path(self._get_output_dir(trial))
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -344,6 +344,8 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(checkpoint, self.run_record)
+            if self.args.push_to_hub:
+                self.push_checkpoint(checkpoint)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(output_dir=folder, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
