@@ -8,7 +8,7 @@ import numpy as np
 # The peak below which a similarity map counts as weak: `benchmarks/rejection.py` chooses it on validation scenes so
 # that it costs at most 2 % of the answerable queries, and docs/speed.md has what it brings on test scenes. It belongs
 # to the bundled checkpoint; measure it anew for another model.
-REJECT_THRESHOLD = 0.93
+REJECT_THRESHOLD = 0.985
 
 
 def map_peak(similarity_map: np.ndarray) -> float:
