@@ -183,10 +183,11 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         mixture=mixture,
         callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
     )
-    trainer.train(resume_from_checkpoint=trainer.resumable_checkpoint())
+    checkpoint = trainer.resumable_checkpoint()
     if trainer.is_world_process_zero():
         # First: saving may publish, with a card that tells the recipe.
         write_recipe(config.output_dir, arguments, config)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return trainer
 
