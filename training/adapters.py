@@ -116,11 +116,6 @@ def quantization_config(quantization: str) -> BitsAndBytesConfig | None:
         return None
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantization {quantization} needs bitsandbytes, which is not installed; expected none")
-    return skipping_config(quantization)
-
-
-def skipping_config(quantization: str) -> BitsAndBytesConfig:
-    """The configuration itself, whether or not bitsandbytes is installed."""
     skipped = list(NEVER_QUANTIZED)
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

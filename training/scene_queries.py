@@ -33,6 +33,7 @@ EXCHANGE_ALL_SHARE = 0.3
 FORM_TRIES = 60
 NONE_SHARE = 0.25  # of gres
 PARTLY_ABSENT_SHARE = 0.13  # of multi_rs
+MULTI_RIDDLE_SHARE = 0.45  # of the phrases of multi_rs
 CLEAR_MARGIN = 24.0  # pixels between centres for "left of" to hold
 WRONG_MARGIN = 8.0  # pixels on the other side for "left of" not to hold; between the two it is unclear
 SUPERLATIVE_MARGIN = 20.0
@@ -364,17 +365,20 @@ class Grammar:
         order = [int(i) for i in self.rng.permutation(len(self.objects))[:count]]
         phrases = []
         for index in order:
-            riddle = self.riddle(index) if self.rng.random() < 0.45 else None
-            phrases.append(riddle or self.naming(index, short=True if self.rng.random() < 0.6 else None))
+            riddle = self.riddle(index) if self.rng.random() < MULTI_RIDDLE_SHARE else None
+            phrases.append(riddle or self.naming(index, self.short_in_multi()))
         if self.rng.random() < PARTLY_ABSENT_SHARE:
-            short = True if self.rng.random() < 0.6 else None
-            phrases[int(self.rng.integers(count))] = self.absent(riddles=0.45, relations=0.0, short=short)
+            short = self.short_in_multi()
+            phrases[int(self.rng.integers(count))] = self.absent(MULTI_RIDDLE_SHARE, relations=0.0, short=short)
         texts = [phrase.text for phrase in phrases]
         # A list of phrases must fall apart in only one way, and no phrase may repeat.
         if len(set(texts)) < count or any(" and " in text or "," in text for text in texts):
             return None
         answers = [f"{phrase.text} is {'[SEG]' if phrase.targets else '[REJ]'}" for phrase in phrases]
         return Query("multi_rs", self.wrap(_enumerate(texts), "are"), _enumerate(answers) + ".", tuple(phrases))
+
+    def short_in_multi(self) -> bool | None:
+        return True if self.rng.random() < 0.6 else None
 
     def single(self, attribute: str, phrase: Phrase) -> Query:
         if not phrase.targets:

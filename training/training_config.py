@@ -1,11 +1,10 @@
 """What a training run can be told, and which parameters it trains."""
 
-import os
 from dataclasses import dataclass, field
 
-import torch
 from trl import SFTConfig
 
+from uground.processing.job_processes import is_job_on_cpus
 from uground.training.grounding_loss import MapTarget
 from uground.training.losses import LossWeights
 
@@ -72,7 +71,7 @@ class UGroundTrainingConfig(SFTConfig):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+        if is_job_on_cpus():
             # Otherwise each process would take itself for the only one.
             self.use_cpu = True
         super().__post_init__()
