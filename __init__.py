@@ -17,10 +17,13 @@ from uground.modeling_uground import (
     UGroundOutput,
     UGroundSegmentation,
 )
+from uground.modeling_uground.library_compat import hush_hub_kernel
 from uground.processing import ReferringSegmentationPipeline, UGroundProcessor
 
 __version__ = version("uground")
 
+# Commands import bitsandbytes by way of peft.
+hush_hub_kernel()
 AutoConfig.register("uground", UGroundConfig)
 AutoModel.register(UGroundConfig, UGroundForReferringSegmentation)
 AutoProcessor.register(UGroundConfig, UGroundProcessor)

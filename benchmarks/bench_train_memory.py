@@ -89,7 +89,7 @@ def build_model(layers: int, width: int) -> UGroundForReferringSegmentation:
     )
     for encoder in (model.lmm.model.vision_tower, model.mask_decoder.sam.vision_encoder):
         encoder.requires_grad_(False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -14,6 +14,7 @@ from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
+from .library_compat import hush_hub_kernel
 from .lmm_access import (
     encode_lmm_images,
     find_segments,
@@ -48,6 +49,11 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
     _no_split_modules = ["MaskDecoder"]
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of `is_activation_checkpointing`, which peft and TRL read; transformers warns of it."""
+        return self.is_activation_checkpointing
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -71,6 +77,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
             OSError: there are no weights, or they are truncated or damaged.
         """
         check_shard_names(pretrained_model_name_or_path)
+        hush_hub_kernel()
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_mask_path(kwargs["quantization_config"])
         # Wrong shapes are let through to be reported here with the other two kinds, in one sentence.

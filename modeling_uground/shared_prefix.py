@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .lmm_access import CACHE_NAME
+from .library_compat import CACHE_NAME
 
 
 def features_of_rows(lmm_inputs: dict) -> list[torch.Tensor]:

@@ -240,7 +240,7 @@ def test_one_training_step(tmp_path, fresh):
         max_steps=1,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         loss_size=64,
         **settings,
     )

@@ -52,7 +52,7 @@ def make_trainer(folder, **settings) -> UGroundTrainer:
         report_to="none",
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         disable_tqdm=True,
         **settings,
     )

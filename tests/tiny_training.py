@@ -81,7 +81,7 @@ def training_config(folder, **settings) -> UGroundTrainingConfig:
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "disable_tqdm": True,
         "seed": 3,
         "dataloader_pin_memory": False,

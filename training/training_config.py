@@ -1,7 +1,9 @@
 """What a training run can be told, and which parameters it trains."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
 from uground.processing.job_processes import is_job_on_cpus
@@ -69,8 +71,16 @@ class UGroundTrainingConfig(SFTConfig):
         default="tensorboard", metadata={"help": "integrations that are told of the logs, or none"}
     )
     remove_unused_columns: bool = False
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "older name of activation_checkpointing"}
+    )
 
     def __post_init__(self):
+        self._resolve_checkpointing()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nowhere to copy to
+        # More workers than cores only wait for one another.
+        self.dataloader_num_workers = min(self.dataloader_num_workers, _num_cores())
         if is_job_on_cpus():
             # Otherwise each process would take itself for the only one.
             self.use_cpu = True
@@ -84,6 +94,16 @@ class UGroundTrainingConfig(SFTConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+
+    def _resolve_checkpointing(self) -> None:
+        """On by default as in TRL, and without the warning that transformers has for the older names."""
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            new, old = getattr(self, f"activation_{name}"), getattr(self, f"gradient_{name}")
+            if new is not None and old is not None and new != old:
+                raise ValueError(f"activation_{name} and gradient_{name} are one setting, got {new} and {old}")
+            setattr(self, f"activation_{name}", old if new is None else new)
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = True
 
     def loss_weights(self) -> LossWeights:
         """The weights as the loss functions take them."""
@@ -101,6 +121,11 @@ class UGroundTrainingConfig(SFTConfig):
     def map_target(self) -> MapTarget:
         """How masks become targets of similarity maps."""
         return MapTarget(self.gaussian_kernel_size, self.gaussian_sigma, self.pos_weight_cap)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def freeze(
