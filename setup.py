@@ -2,28 +2,30 @@
 
 from setuptools import setup
 
+# Every lower bound is what `make test-floor` runs: `constraints-floor.txt` names the same versions.
 RUNTIME = [
-    "torch>=2.6",
+    "torch>=2.13",
     "transformers>=5.23",
     "huggingface-hub>=2.4",
     "safetensors>=0.8",
     "accelerate>=1.15",
     "numpy>=2.0",
-    "pillow>=11.0",
+    "pillow>=11.2.1",  # older ones paint other pixels of the same polygon, and so other scenes of the same seed
 ]
 TRAINING = [
     "trl>=1.16",
     "peft>=0.21",
     "datasets>=5.2",
-    "evaluate>=0.4",
+    "evaluate>=0.4.2",  # older ones do not find the locks of datasets 5, when several processes measure
     "pycocotools>=2.0.8",
     "scipy>=1.14",
     "tensorboard>=2.18",
-    "pyyaml>=6.0",
+    "pyyaml>=6.0.1",
     "segment-anything>=1.0",
-    "protobuf>=5.0",  # reads the sentencepiece models of LLaMA tokenizers
+    "protobuf>=5.26",  # reads the sentencepiece models of LLaMA tokenizers
 ]
 QUANTIZATION = "bitsandbytes>=0.50"
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6.1", "packaging>=24.0"]
 
 setup(
     packages=[
@@ -43,6 +45,6 @@ setup(
     install_requires=RUNTIME + TRAINING,
     extras_require={
         "quantization": [QUANTIZATION],
-        "test": ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", QUANTIZATION],
+        "test": [*TESTS, "ruff>=0.9", QUANTIZATION],
     },
 )
