@@ -1,0 +1,443 @@
+"""
+What we lean on of libraries without its being documented, each with why: a release that breaks us shows here by name.
+
+The docstring of a check says why it stands. `HOOKS` are methods of libraries that we override and that nothing but the
+library calls: one that was renamed would be passed over in silence.
+"""
+
+import inspect
+import re
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from evaluate import Metric
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from PIL import Image
+from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model
+from tiny_processor import tiny_processor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import GenerationConfig, Pipeline, PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.convert_slow_tokenizer import import_protobuf
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.generation import GenerationMode
+from transformers.integrations import TensorBoardCallback
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+from transformers.tokenization_utils_base import generate_merges
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import cached_file
+from transformers.utils.hub import PushInProgress, PushToHubMixin
+from trl import SFTTrainer
+from trl.trainer.base_trainer import _BaseTrainer
+
+import uground
+from uground.modeling_uground.library_compat import CACHE_NAME, HUB_KERNEL_MESSAGE
+from uground.modeling_uground.lmm_access import prepare_lmm_inputs
+from uground.modeling_uground.shared_prefix import cache_of_rows
+
+ROOT = Path(uground.__file__).parent
+PROMPT = torch.tensor([[1] + [IMAGE_TOKEN] * 16 + [5, 6]])
+
+# Owner and name of the method that is overridden, its parameters, who calls it, and what would go wrong in silence.
+HOOKS = [
+    (Trainer, "_save_checkpoint", "model trial", Trainer._maybe_log_save_evaluate, "half checkpoints would count"),
+    (Trainer, "_push_from_checkpoint", "checkpoint_folder", Trainer._save_checkpoint, "half ones would be pushed"),
+    (Trainer, "_load_from_checkpoint", "resume_from_checkpoint model", Trainer.train, "a LLaVA resumes from nothing"),
+    (Trainer, "_load_best_model", "", Trainer._finalize_training, "the best model would be the first weights"),
+    (Trainer, "_save", "output_dir state_dict", Trainer.save_model, "sharded models would be saved without code"),
+    (Trainer, "get_batch_samples", "epoch_iterator num_batches device", Trainer._run_epoch, "sums undivided"),
+    (Trainer, "evaluation_loop", "dataloader metric_key_prefix", Trainer.evaluate, "no figures of answers"),
+    (_BaseTrainer, "create_model_card", "model_name", SFTTrainer._save_checkpoint, "TRL's card would be pushed"),
+    (PushToHubMixin, "_upload_modified_files", "working_dir repo_id", PushToHubMixin.push_to_hub, "an empty card"),
+    (
+        ProcessorMixin,
+        "_get_arguments_from_pretrained",
+        "processor_dict",
+        ProcessorMixin.from_pretrained,
+        "torchvision",
+    ),
+    (PreTrainedModel, "_init_weights", "module", PreTrainedModel._initialize_weights, "gates would begin at random"),
+    (Pipeline, "_sanitize_parameters", "", Pipeline.__call__, "arguments of a call would go nowhere"),
+    (Pipeline, "get_iterator", "inputs num_workers batch_size", Pipeline.__call__, "batches would be cut by rows"),
+    (Pipeline, "run_single", "inputs preprocess_params", Pipeline.__call__, "one item would go another way"),
+    (Metric, "_info", "", Metric.__init__, "a metric would not know its protocol"),
+    (Metric, "_compute", "", Metric.compute, "counts would not become figures"),
+]
+
+
+def _names_in(code) -> set[str]:
+    """Names and strings that a function uses, in the functions inside of it too."""
+    inner = [constant for constant in code.co_consts if inspect.iscode(constant)]
+    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
+    return set(code.co_names) | strings | {name for one in inner for name in _names_in(one)}
+
+
+def uses(function, name: str) -> bool:
+    return name in _names_in(inspect.unwrap(function).__code__)
+
+
+def takes(function, *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(("owner", "name", "parameters", "caller", "loss"), HOOKS, ids=[row[1] for row in HOOKS])
+def test_hook(owner, name, parameters, caller, loss):
+    hook = getattr(owner, name, None)
+    assert hook is not None and uses(caller, name), f"nothing calls {name}: {loss}"
+    assert takes(hook, *parameters.split()), f"{name} takes {inspect.signature(hook)}: {loss}"
+
+
+CHECKS = []
+
+
+def check(function):
+    """A contract; `model` is a tiny one, `folder` holds it with its processor."""
+    CHECKS.append(function)
+    return function
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def _lmm_inputs(model) -> dict:
+    inputs = tiny_inputs([[5, 6]])
+    features = model.get_image_embeddings(**{k: v for k, v in inputs.items() if "size" in k or "pixel" in k})
+    positions = (inputs["input_ids"] == IMAGE_TOKEN).nonzero()[:, 1].view(1, -1)
+    return prepare_lmm_inputs(
+        inputs["input_ids"], inputs["attention_mask"], positions, features.lmm_features, features.token_valid
+    )
+
+
+# --- transformers: language models and their cache
+
+
+@check
+def keys_and_values_have_one_name(model, folder):
+    """Forwards and outputs use the name that `prepare_inputs_for_generation` shows."""
+    assert takes(type(model.lmm).forward, CACHE_NAME)
+    assert isinstance(model.lmm(**_lmm_inputs(model), use_cache=True)[CACHE_NAME], Cache)
+
+
+@check
+def a_cache_is_copied_by_its_layers(model, folder):
+    """`cache.layers` are plain objects whose `batch_select_indices` binds new tensors: the shared prefix stays."""
+    cache = DynamicCache()
+    cache.update(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4), 0)
+    chosen = cache_of_rows(cache, torch.tensor([1, 1, 0]))
+    assert len(chosen.layers[0].keys) == len(chosen.layers[0].values) == 3
+    assert len(cache.layers[0].keys) == len(cache.layers[0].values) == 2 and chosen.get_seq_length() == 3
+
+
+@check
+def generate_reads_only_what_a_cache_lacks(model, folder):
+    """With a cache, `hidden_states[0]` begins behind it and each later step has one column: there we read."""
+    inputs = _lmm_inputs(model)
+    names = ("input_ids", "attention_mask", "position_ids")
+    prefix = {name: inputs[name][:, :17] for name in names}
+    cache = model.lmm(**prefix, mm_encoder_outputs=inputs["mm_encoder_outputs"], use_cache=True)[CACHE_NAME]
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "output_hidden_states": True}
+    steps = model.lmm.generate(
+        **{name: inputs[name] for name in names}, **{CACHE_NAME: cache}, **settings, return_dict_in_generate=True
+    ).hidden_states
+    assert [step[-1].shape[1] for step in steps] == [2, 1]
+    assert len(steps[0]) == model.config.num_layers
+
+
+@check
+def encoded_images_are_handed_in(model, folder):
+    """`mm_encoder_outputs` stands for `pixel_values`: images are encoded once for many rows."""
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = list(model.lmm.get_image_features(pixels, return_dict=True).pooler_output)
+    given = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+    by_pixels, by_features = model.lmm(PROMPT, pixel_values=pixels), model.lmm(PROMPT, mm_encoder_outputs=given)
+    torch.testing.assert_close(by_features.logits, by_pixels.logits)
+
+
+@check
+def the_vision_tower_takes_a_mask(model, folder):
+    """`get_image_features(attention_mask=)` reaches CLIP: padded patches are hidden by it."""
+    pixels, mask = torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 1, 17)
+    features = [
+        model.lmm.get_image_features(pixels, return_dict=True, attention_mask=mask + hidden).pooler_output[0]
+        for hidden in (0.0, torch.tensor([0.0] * 9 + [-1e9] * 8))
+    ]
+    assert not torch.allclose(*features)
+
+
+@check
+def logits_are_kept_where_asked(model, folder):
+    """`_supports_logits_to_keep` says whether a prefix can be read without the logits of all its tokens."""
+    assert (
+        model.lmm._supports_logits_to_keep() and not inspect.signature(model.lmm._supports_logits_to_keep).parameters
+    )
+    assert model.lmm(PROMPT, logits_to_keep=1).logits.shape[1] == 1
+
+
+@check
+def the_loss_shifts_and_divides(model, folder):
+    """`loss_function` shifts the labels by itself and divides by `num_items_in_batch`."""
+    logits, labels = torch.zeros(1, 3, 40), torch.tensor([[-100, 1, 2]])
+    loss = model.lmm.loss_function(logits=logits, labels=labels, vocab_size=40, num_items_in_batch=4)
+    torch.testing.assert_close(loss, torch.tensor(40.0).log() * 2 / 4)
+
+
+@check
+def settings_of_generation_are_merged(model, folder):
+    """`GenerationConfig.update` fills gaps with `defaults_only`, and returns what is no setting."""
+    settings = GenerationConfig(max_new_tokens=3)
+    settings.update(max_new_tokens=5, eos_token_id=7, defaults_only=True, allow_custom_entries=True)
+    assert (settings.max_new_tokens, settings.eos_token_id) == (3, 7)
+    assert settings.update(do_sample=True, streamer=None) == {"streamer": None}
+    assert settings.get_generation_mode(None) is GenerationMode.SAMPLE
+
+
+# --- transformers: loading, saving, code that travels
+
+
+@check
+def loading_tells_what_did_not_fit(model, folder):
+    """`output_loading_info` names missing, unexpected and mismatched tensors, these with both shapes."""
+    other = tiny_config(policy_baseline="critic", critic_hidden_size=8)
+    loaded = PreTrainedModel.from_pretrained.__func__
+    _, info = loaded(type(model), folder, config=other, output_loading_info=True, ignore_mismatched_sizes=True)
+    assert info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    small = tiny_config()
+    small.lmm_config.text_config.vocab_size = 39
+    _, info = loaded(type(model), folder, config=small, output_loading_info=True, ignore_mismatched_sizes=True)
+    assert sorted(info["mismatched_keys"])[0][1:] == (torch.Size([40, 16]), torch.Size([39, 16]))
+
+
+@check
+def renamings_know_whether_they_were_used(model, folder):
+    """`_weight_conversions` holds the renamings of a load: unused ones would be undone at saving under ZeRO-3."""
+    conversions = type(model).from_pretrained(folder)._weight_conversions
+    assert conversions and all(conversion.was_used() for conversion in conversions)
+
+
+@check
+def devices_are_spread_without_the_cache(model, folder):
+    """`_skip_keys_device_placement` is gathered from the parts: ours need not name the cache."""
+    assert CACHE_NAME in model._skip_keys_device_placement
+
+
+@check
+def what_was_loaded_is_not_drawn_anew(model, folder):
+    """`transformers.initialization` passes over tensors marked `_is_hf_initialized`."""
+    loaded, fresh = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    loaded._is_hf_initialized = True
+    init.zeros_(loaded), init.zeros_(fresh)
+    assert (float(loaded), float(fresh)) == (1.0, 0.0)
+
+
+@check
+def a_configuration_knows_its_commit(model, folder):
+    """`_commit_hash` is the revision that processor and code are read from."""
+    assert hasattr(PreTrainedConfig(), "_commit_hash") and model.config._commit_hash is None
+
+
+@check
+def a_missing_file_is_no_error(model, folder):
+    """`cached_file` says `None` with its private switches: code that is nowhere is left out."""
+    switches = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    assert cached_file("nobody/nothing", "processing_uground.py", **dict.fromkeys(switches, False)) is None
+
+
+@check
+def imports_are_followed(model, folder):
+    """`get_relative_import_files` gives the files of all relative imports, at any depth: the Hub closure."""
+    files = {Path(path).name for path in get_relative_import_files(folder / "modeling_uground.py")}
+    assert {"generation_uground.py", "shared_prefix.py", "library_compat.py"} <= files
+
+
+@check
+def code_is_saved_with_objects(model, folder):
+    """`custom_object_save` copies the code of a class with an `_auto_class`; processors call it by themselves."""
+    assert takes(custom_object_save, "obj", "folder", "config")
+    assert uses(custom_object_save, "_auto_class") and uses(ProcessorMixin.save_pretrained, "custom_object_save")
+    assert (folder / "processing_uground.py").is_file()
+
+
+@check
+def tokenizers_load_by_themselves(model, folder):
+    """`_load_tokenizer_from_pretrained` loads the tokenizer of a processor, so that its image processors need not."""
+    tokenizer = ProcessorMixin._load_tokenizer_from_pretrained("tokenizer", str(folder))
+    assert tokenizer.convert_tokens_to_ids("[SEG]") == SEGMENT_TOKEN
+
+
+@check
+def sentencepiece_models_are_read(model, folder):
+    """`import_protobuf` and `generate_merges` turn LLaMA's `tokenizer.model` into a fast tokenizer."""
+    assert import_protobuf().ModelProto().pieces is not None
+    assert generate_merges({"a": 0, "b": 1, "ab": 2}) == [("a", "b")]
+
+
+# --- transformers: SAM, pipeline
+
+
+@check
+def letterboxing_runs_on_pil(model, folder):
+    """`SamImageProcessorPil` scales the longest side, pads below and right, and tells `reshaped_input_sizes`."""
+    letterbox = tiny_processor().sam_image_processor
+    assert isinstance(letterbox, SamImageProcessorPil)
+    features = letterbox([Image.new("RGB", (10, 7), "white")])
+    pixels = torch.as_tensor(features["pixel_values"][0])
+    assert list(features["reshaped_input_sizes"][0]) == [45, 64]
+    assert pixels.shape == (3, 64, 64) and pixels[:, :45].all() and not pixels[:, 45:].any()
+
+
+@check
+def sam_is_called_by_its_parts(model, folder):
+    """SAM's prompt encoder takes mask prompts alone, its decoder sparse prompts alone and gives one mask each."""
+    sam = model.mask_decoder.sam
+    sparse, dense = sam.prompt_encoder(None, None, None, torch.zeros(2, 1, 16, 16))
+    assert sparse is None and dense.shape == (2, 16, 4, 4)
+    positions = sam.get_image_wide_positional_embeddings()
+    masks, scores = sam.mask_decoder(
+        image_embeddings=torch.zeros(2, 16, 4, 4),
+        image_positional_embeddings=positions.expand(2, -1, -1, -1),
+        sparse_prompt_embeddings=torch.zeros(2, 1, 1, 16),
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    assert masks.shape == (2, 1, 1, 16, 16) and scores.shape == (2, 1, 1)
+    assert sam.vision_encoder.patch_embed.projection.weight.dtype == sam.mask_decoder.iou_token.weight.dtype
+
+
+@check
+def a_pipeline_says_what_it_loads(model, folder):
+    """`_load_…` switches keep a pipeline from loading a tokenizer twice; `_…_params` hold what it was made with."""
+    kinds = ("processor", "tokenizer", "image_processor", "feature_extractor", "video_processor")
+    assert all(getattr(Pipeline, f"_load_{kind}", "gone") is None for kind in kinds)
+    assert all(uses(Pipeline.__init__, f"_{part}_params") for part in ("preprocess", "forward", "postprocess"))
+
+
+# --- transformers, TRL, peft: training
+
+
+@check
+def rotation_and_pushes_are_ours(model, folder):
+    """`rotate_checkpoints` and `push_in_progress` are called by us, after a checkpoint is complete."""
+    assert takes(rotate_checkpoints, "output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime")
+    assert PushInProgress([]).jobs == [] and PushInProgress([]).is_done()
+    assert uses(Trainer._finish_current_push, "push_in_progress") and uses(Trainer.init_hf_repo, "push_in_progress")
+    assert takes(Trainer.save_model, "_internal_call") and takes(Trainer._get_output_dir, "trial")
+
+
+@check
+def the_loss_is_taken_as_it_is(model, folder):
+    """`loss_is_scaled_for_ga` says that losses are divided by the whole step already."""
+    assert hasattr(Trainer, "loss_is_scaled_for_ga") and uses(Trainer.training_step, "loss_is_scaled_for_ga")
+
+
+@check
+def sft_logs_and_leaves_pictures_alone(model, folder):
+    """`SFTTrainer` logs the means in `_metrics`, and does not tokenise datasets with an `image` column."""
+    assert uses(SFTTrainer.log, "_metrics") and uses(SFTTrainer.__init__, "_metrics")
+    assert uses(SFTTrainer.__init__, "_is_vision_dataset") and uses(SFTTrainer.__init__, "image")
+    assert uses(SFTTrainer.__init__, "_tag_names") and hasattr(TensorBoardCallback([]), "tb_writer")
+
+
+@check
+def peft_wraps_and_unwraps(model, folder):
+    """`get_base_model` gives the model back; rows of new tokens and whole modules are trained beside an adapter."""
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["layer_policy"],
+        trainable_token_indices={"embed_tokens": [38]},
+    )
+    base = tiny_model()
+    adapted = get_peft_model(base, config)
+    assert adapted.get_base_model() is base and takes(load_peft_weights, "model_id", "device")
+    names = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for part in ("lora_A", "layer_policy.gates", "trainable_tokens_delta"):
+        assert any(part in name for name in names), part
+
+
+@check
+def old_names_of_checkpointing_are_still_read(model, folder):
+    """peft and TRL read what transformers warns of: once they do not, `is_gradient_checkpointing` of ours can go."""
+    assert uses(PeftModel.__init__, "is_gradient_checkpointing")
+    with warnings.catch_warnings(action="error"):
+        assert not model.is_gradient_checkpointing
+    assert {"activation_checkpointing", "gradient_checkpointing"} <= set(trl.SFTConfig.__dataclass_fields__)
+
+
+# --- the others
+
+
+@check
+def bitsandbytes_asks_the_hub_in_these_words(model, folder):
+    """The one line of bitsandbytes that is hushed is told by logger and words."""
+    source = Path(find_spec("bitsandbytes").origin).with_name("backends") / "cpu" / "ops.py"
+    assert HUB_KERNEL_MESSAGE in source.read_text(encoding="utf-8")
+
+
+@check
+def a_process_finds_its_job_anew(model, folder):
+    """accelerate takes `cpu=` and resets its states: a job on CPUs would be as many jobs of one process."""
+    assert takes(AcceleratorState._reset_state, "reset_partial_state") and takes(parse_flag_from_env, "key")
+    assert callable(GradientState._reset_state) and callable(PartialState._reset_state)
+    assert uses(PartialState.__init__, "cpu") or takes(PartialState.__init__, "cpu")
+
+
+@check
+def a_sharded_class_stands_before_its_own(model, folder):
+    """`fully_shard` derives from `FSDPModule` and the class it was, in this order: saving gives that back."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = fully_shard(torch.nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(sharded).__mro__[1:3] == (FSDPModule, torch.nn.Linear)
+
+
+@check
+def a_transform_sees_rows_as_lists(model, folder):
+    """`datasets` hands a transform a dict of lists, for one row too: the mixture reads `rows["index"]`."""
+    seen = []
+    data = Dataset.from_dict({"index": [3]}).with_transform(lambda rows: seen.append(rows) or rows)
+    assert data[0] == {"index": 3} and seen == [{"index": [3]}]
+
+
+@pytest.mark.parametrize("contract", CHECKS, ids=lambda contract: contract.__name__)
+def test_contract(contract, model, folder):
+    print(contract.__doc__)
+    with torch.no_grad():
+        contract(model, folder)
+
+
+# --- versions
+
+
+def test_the_floors_are_the_bounds_of_setup():
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    floors = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-floor.txt").read_text(encoding="utf-8"), re.M)
+    assert len(bounds) == len(floors) > 20
+    assert {name: Version(bound) for name, bound in bounds} == {name: Version(floor) for name, floor in floors}
+    for name, floor in floors:
+        assert Version(version(name)) >= Version(floor), f"{name} is older than its floor {floor}"
