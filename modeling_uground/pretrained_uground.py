@@ -11,6 +11,7 @@ from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
 from .prompts import SimilarityScaling
+from .weight_kinds import dtypes_of, stored_dtypes, wrong_kinds
 
 # Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
 UNQUANTIZED = ("mask_decoder", "layer_policy", "segment_projection", "similarity_scaling", "lm_head")
@@ -47,8 +48,8 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         A `quantization_config` is for the LMM: what turns its states into masks stays in the `dtype` of the rest.
 
         Raises:
-            ValueError: tensors are missing, unexpected or of the wrong shape; the sentence names them. Or the index
-                names files outside of the folder.
+            ValueError: tensors are missing, unexpected, of the wrong shape or not of the right kind of number; the
+                sentence names them. Or the index names files outside of the folder.
             OSError: there are no weights, or they are truncated or damaged.
         """
         check_shard_names(pretrained_model_name_or_path)
@@ -62,23 +63,30 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
             )
         except SafetensorError as error:
             raise OSError(f"the weights in {pretrained_model_name_or_path} cannot be read: {error}") from error
-        problems = [
-            f"{kind}: {_name_some(names)}"
-            for kind, names in (
-                ("missing", info["missing_keys"]),
-                ("unexpected", info["unexpected_keys"]),
-                ("of the wrong shape", [] if allow_mismatch else info["mismatched_keys"]),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit the model; tensors {'; '.join(problems)}"
-            )
+        _refuse_misfits(
+            pretrained_model_name_or_path,
+            ("missing", info["missing_keys"]),
+            ("unexpected", info["unexpected_keys"]),
+            ("of the wrong shape", [] if allow_mismatch else info["mismatched_keys"]),
+        )
         # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
         if conversions := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        # Here the files are known, wherever they came from; the base class casts whatever they hold.
+        stored = {} if state_dict is None else dtypes_of(state_dict)
+        if state_dict is None:
+            for file in checkpoint_files or []:
+                stored |= stored_dtypes(file, load_config.weights_only)
+        is_packed = load_config.hf_quantizer is not None and load_config.hf_quantizer.pre_quantized
+        misfits = wrong_kinds(model, stored, UNQUANTIZED if is_packed else None)
+        _refuse_misfits(load_config.pretrained_model_name_or_path, ("of the wrong type", misfits))
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
 
 def keep_mask_path(quantization_config):
@@ -96,13 +104,22 @@ def keep_mask_path(quantization_config):
     raise ValueError(f"quantization_config must be able to leave modules out, got a {type(chosen).__name__}")
 
 
+def _refuse_misfits(source, *groups) -> None:
+    """Raise a `ValueError` that names all tensors of all groups `(what is wrong, names)`, unless there are none."""
+    problems = [f"{wrong}: {_name_some(names)}" for wrong, names in groups if names]
+    if problems:
+        raise ValueError(f"the weights in {source} do not fit the model; tensors {'; '.join(problems)}")
+
+
 def _name_some(names, at_most: int = 8) -> str:
-    """Names of a few tensors, and how many more there are; wrong shapes come as (name, got, expected)."""
-    texts = [
-        name if isinstance(name, str) else f"{name[0]} (got {tuple(name[1])}, expected {tuple(name[2])})"
-        for name in names
-    ]
-    texts = sorted(texts)
+    """Names of a few tensors, and how many more there are; some come as (name, got, expected), shapes among them."""
+
+    def say(value) -> str:
+        return value if isinstance(value, str) else str(tuple(value))
+
+    texts = sorted(
+        name if isinstance(name, str) else f"{name[0]} (got {say(name[1])}, expected {say(name[2])})" for name in names
+    )
     more = f" and {len(texts) - at_most} more" if len(texts) > at_most else ""
     return ", ".join(texts[:at_most]) + more
 
