@@ -6,6 +6,7 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .call_arguments import with_answer_length
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
@@ -55,6 +56,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         self.segment_projection = SegmentProjection(hidden_size, prompt_size) if self._uses("embedding") else None
         self.similarity_scaling = SimilarityScaling(config.similarity_scaling, config.num_layers, hidden_size)
         self.post_init()
+        with_answer_length(self.generation_config)
 
     def _uses(self, prompt: str) -> bool:
         return prompt in self.config.prompts

@@ -72,6 +72,8 @@ class UGroundSegmentation(ModelOutput):
     Args:
         sequences (`(B, T)`, int64): prompts and what was written after them.
         prompt_length (`int`): number of columns of `sequences` that are prompt.
+        finished (`(B,)`, bool): answers that came to their end; the others were cut by a limit, such as
+            `max_new_tokens`, and may lack segments.
         image_index (`(B,)`, int64): image each row asks about.
         token_scores (`(N,)`, float32): probability with which each segment token was written.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
@@ -79,6 +81,7 @@ class UGroundSegmentation(ModelOutput):
 
     sequences: torch.Tensor | None = None
     prompt_length: int | None = None
+    finished: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     segment_row: torch.Tensor | None = None
     layer_logits: torch.Tensor | None = None

@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .call_arguments import with_answer_length
 from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
@@ -72,6 +73,8 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
         if conversions := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+        # Checkpoints of others, and ours of release 0.1.0, do not say how long an answer may become.
+        with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
 
     @staticmethod
