@@ -27,7 +27,6 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
     _no_split_modules = ["MaskDecoder"]
 
