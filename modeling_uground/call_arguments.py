@@ -3,7 +3,7 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -27,24 +27,28 @@ class UnknownKeywordError(TypeError, ValueError):
     """A keyword that a call does not know: a `TypeError` in Python, and a `ValueError` in transformers' `generate`."""
 
 
-def refuse_unknown(call: str, given: Iterable[str], known: Collection[str], unlisted: Collection[str] = ()) -> None:
+def refuse_unknown(method: Callable, given: Iterable[str], more: Sequence[str] = (), generates: bool = False) -> None:
     """
-    Raise an [`UnknownKeywordError`] unless all keywords of a call are known.
+    Raise an [`UnknownKeywordError`] unless all that came as the `**` of a method is known.
 
     Args:
-        call: what is called, for the sentence.
-        given: names of the keywords.
-        known: names that may be given.
-        unlisted: settings of generation that may be given too, and are too many to list.
+        method: what was called; its parameters are what it takes.
+        given: names that its `**` holds.
+        more: names that may be in there.
+        generates: whether what transformers' `generate` takes may be in there too, which is too much to list.
     """
-    unknown = sorted(set(given) - set(known) - set(unlisted))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted({*known, *unlisted}), 1, SIMILARITY)
-        nearest = f" (nearest is {near[0]})" if near else ""
-        more = " and settings of generation" if unlisted else ""
-        raise UnknownKeywordError(
-            f"{call} does not know {', '.join(unknown)}{nearest}; it takes {', '.join(known)}{more}"
-        )
+    unlisted = generation_keywords() if generates else set()
+    unknown = sorted(set(given) - set(more) - unlisted)
+    if not unknown:
+        return
+    parameters = inspect.signature(method).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD] + [*more]
+    near = difflib.get_close_matches(unknown[0], sorted({*known, *unlisted}), 1, SIMILARITY)
+    nearest = f" (nearest is {near[0]})" if near else ""
+    also = " and settings of generation" if generates else ""
+    raise UnknownKeywordError(
+        f"{method.__name__} does not know {', '.join(unknown)}{nearest}; it takes {', '.join(known)}{also}"
+    )
 
 
 def generation_keywords() -> set[str]:
@@ -119,7 +123,6 @@ __all__ = [
     "SIMILARITY",
     "UnknownKeywordError",
     "check_supported",
-    "generation_keywords",
     "merge_settings",
     "refuse_unknown",
     "rows_finished",

@@ -1,12 +1,11 @@
 """Writing the answer and reading the segment states while it is written: one pass, no second forward."""
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from .call_arguments import check_supported, generation_keywords, merge_settings, refuse_unknown, rows_finished
+from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
 from .lmm_access import gather_layer_states
 from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
 from .shared_prefix import SharedPrefix, continue_prefixes, features_of_rows, prefix_keys, read_prefixes
@@ -74,7 +73,7 @@ class SegmentGenerationMixin(GenerationMixin):
         Raises:
             ValueError: padding on the right, or weights that give NaN.
         """
-        _check_keywords(self.generate, generate_kwargs)
+        refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
         images = self._resolve_images(
@@ -124,7 +123,7 @@ class SegmentGenerationMixin(GenerationMixin):
             ValueError: padding on the right, an unsupported argument, or weights that give NaN.
             UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
-        _check_keywords(self.segment, generate_kwargs)
+        refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
         images = self._resolve_images(
             image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
@@ -181,7 +180,7 @@ class SegmentGenerationMixin(GenerationMixin):
         Masks may be read from the result several times, with different layers, by [`read_masks`]. It holds the layer
         states of the whole prompts, so drop it when done. Arguments and errors are those of [`segment`].
         """
-        _check_keywords(self.write_answers, generate_kwargs)
+        refuse_unknown(self.write_answers, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
         check_supported(settings, others)
@@ -309,12 +308,6 @@ class _FiniteLogits(LogitsProcessor):
         # The largest of each row: tokens ruled out have minus infinity, and NaN wins over any number.
         self.check(scores.amax(-1))
         return scores
-
-
-def _check_keywords(call, generate_kwargs: dict) -> None:
-    """Raise an `UnknownKeywordError` unless a method's keywords are its own or say how to generate."""
-    named = [name for name in inspect.signature(call).parameters if name != "generate_kwargs"]
-    refuse_unknown(call.__name__, generate_kwargs, named, generation_keywords())
 
 
 def _check_left_padding(attention_mask: torch.Tensor | None) -> None:

@@ -6,11 +6,12 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
-from .call_arguments import with_answer_length
+from .call_arguments import refuse_unknown, with_answer_length
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
 from .lmm_access import (
+    CACHE_NAME,
     encode_lmm_images,
     find_segments,
     gather_layer_states,
@@ -29,6 +30,10 @@ from .session_uground import ImageSessionMixin
 PROBABILITY_MARGIN = 1e-6
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
+# Keywords of the forward for the text loss; a `Trainer` that finds `**kwargs` passes them.
+LOSS_ARGUMENTS = ("num_items_in_batch",)
+# What the processor and a collator return of the queries, which encoding images does not read.
+QUERY_INPUTS = ("input_ids", "attention_mask", "image_index", "labels", "position_ids")
 
 
 class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin, UGroundPreTrainedModel):
@@ -70,6 +75,16 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     def get_output_embeddings(self):
         return self.lmm.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings):
+        self.lmm.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        """The language model of the LMM."""
+        return self.lmm.get_decoder()
+
+    def set_decoder(self, decoder):
+        self.lmm.set_decoder(decoder)
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
         return self.lmm.resize_token_embeddings(*args, **kwargs)
@@ -94,7 +109,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         sam_pixel_values: torch.Tensor,
         sam_valid_sizes: torch.Tensor,
         original_sizes: torch.Tensor,
-        **_queries,
+        **queries,
     ) -> UGroundImageEmbeddings:
         """
         Encode images once; hand the result to `forward` or `segment` as `image_embeddings=` for any number of queries.
@@ -103,7 +118,11 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             pixel_values (`(I, 3, h, w)`), valid_sizes (`(I, 2)`), sam_pixel_values (`(I, 3, S, S)`),
             sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them. What else the
             processor returned may be passed along and is not read.
+
+        Raises:
+            UnknownKeywordError: a keyword is none of these, a `TypeError` and `ValueError`.
         """
+        refuse_unknown(self.get_image_embeddings, queries, QUERY_INPUTS)
         lmm_vision = self.config.lmm_config.vision_config
         token_valid = token_validity(valid_sizes, self.config.token_grid_hw, lmm_vision.patch_size)
         return UGroundImageEmbeddings(
@@ -131,8 +150,13 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         num_layer_samples: int | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> UGroundOutput:
+    ) -> UGroundOutput | tuple:
         """
         Teacher-forced pass: a mask for every segment token in `input_ids`.
 
@@ -147,17 +171,32 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             position_ids (`(B, T)`, *optional*): by default each token counts the tokens before it. Rows that pack
             several queries behind one image need them, and an `attention_mask` `(B, T, T)` that says which keys each
             token may see.
-            kwargs: for the LMM's forward (`num_items_in_batch`, for one).
+            inputs_embeds (*optional*): only `None`, which wrappers such as PEFT pass along.
+            use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
+            layer states and attentions; by default as the config says, and no keys and values. Attentions need
+            `attn_implementation="eager"`. return_dict (`bool`, *optional*): `False` gives a tuple of the present fields.
+            kwargs: `num_items_in_batch`, which the text loss is divided by instead of the number of labels.
 
         Raises:
             ValueError: an argument does not fit; see the sentence.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
+        if inputs_embeds is not None:
+            raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
+        wanted = self._resolve_outputs(use_cache, output_hidden_states, output_attentions)
         images = self._resolve_images(
             image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
         )
         image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
         lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
-        outputs = self.lmm(**lmm_inputs, output_hidden_states=True, use_cache=False, **kwargs)
+        outputs = self.lmm(
+            **lmm_inputs,
+            use_cache="cache" in wanted,
+            output_hidden_states=True,
+            output_attentions="attentions" in wanted,
+            return_dict=True,
+        )
         rows, columns = find_segments(input_ids, self._segment_token_id())
         states = gather_layer_states(outputs.hidden_states, rows, columns)
         segments = self.decode_segments(
@@ -172,7 +211,19 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             num_layer_samples=num_layer_samples,
         )
         loss = None if labels is None else self._text_loss(outputs.logits, labels, **kwargs)
-        return UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments)
+        more = {field: outputs[name] for field, name in wanted.items()}
+        output = UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments, **more)
+        return output if _or_else(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _resolve_outputs(self, use_cache, output_hidden_states, output_attentions) -> dict[str, str]:
+        """Further fields of the output that are asked for, and what the LMM calls them."""
+        attentions = _or_else(output_attentions, self.config.output_attentions)
+        states = _or_else(output_hidden_states, self.config.output_hidden_states)
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attentions and attention != "eager":
+            raise ValueError(f"output_attentions needs attn_implementation='eager', got {attention!r}")
+        asked = {"cache": use_cache, "hidden_states": states, "attentions": attentions}
+        return {field: {"cache": CACHE_NAME}.get(field, field) for field, is_wanted in asked.items() if is_wanted}
 
     def _text_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -304,9 +355,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def _resolve_selection(self, layer_selection, num_layer_samples) -> tuple[str | int, int]:
         """How layers are chosen, and how many are drawn under `"mc"`: what the call says, or else the config."""
-        selection = self.config.layer_selection if layer_selection is None else layer_selection
+        selection = _or_else(layer_selection, self.config.layer_selection)
         check_layer_selection(selection, self.config.num_layers)
-        samples = self.config.num_layer_samples if num_layer_samples is None else num_layer_samples
+        samples = _or_else(num_layer_samples, self.config.num_layer_samples)
         if samples < 1:
             raise ValueError(f"num_layer_samples must be at least 1, got {samples}")
         return selection, samples
@@ -355,6 +406,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             position_ids,
         )
         return inputs, positions
+
+
+def _or_else(value, default):
+    return default if value is None else value
 
 
 UGroundForReferringSegmentation.register_for_auto_class("AutoModel")

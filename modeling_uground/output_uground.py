@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 
@@ -46,6 +47,9 @@ class UGroundOutput(ModelOutput):
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
+        hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request.
+        attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
+        cache (`Cache`, *optional*): keys and values of the language model, on request.
     """
 
     loss: torch.Tensor | None = None
@@ -60,6 +64,9 @@ class UGroundOutput(ModelOutput):
     iou_scores: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cache: Cache | None = None
 
 
 @dataclass
