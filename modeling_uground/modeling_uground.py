@@ -46,6 +46,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
+        # Settings may have been changed since the config was made.
+        config.check_token_ids()
         hidden_size = config.get_text_config().hidden_size
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # First in line: `device_map="auto"` takes off the accelerator what is last, and the LMM's layers can bear it.
