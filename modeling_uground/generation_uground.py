@@ -79,7 +79,10 @@ class SegmentGenerationMixin(GenerationMixin):
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
         images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
+            image_embeddings,
+            (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes),
+            input_ids,
+            image_index,
         )
         image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
         lmm_inputs, _ = self._prepare_lmm(input_ids, attention_mask, images, image_index)
@@ -125,7 +128,10 @@ class SegmentGenerationMixin(GenerationMixin):
         """
         self._resolve_selection(layer_selection, num_layer_samples)
         images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
+            image_embeddings,
+            (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes),
+            input_ids,
+            image_index,
         )
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
