@@ -42,6 +42,7 @@ class ImageSession:
         self._model, self._processor, self._image = model, processor, image
         self._history, self._max_turns = history, max_turns
         self._fingerprint = image_fingerprint(image)
+        processor.check_token_ids(model.config)
         # The prefix does not depend on the query, but a prompt needs one.
         inputs = processor(images=image, text="?").to(model.device)
         self._images = model.get_image_embeddings(**inputs)
@@ -89,23 +90,13 @@ class ImageSession:
         """Prompts of queries; with history behind as many of the last turns as fit."""
         inputs = self._processor.encode_queries(queries)
         while self.turns:
-            conversation = self._processor.encode_queries([self._conversation(queries[0])], max_length=sys.maxsize)
+            prompt = self._processor.render_prompt(self.turns, queries[0])
+            conversation = self._processor.encode_queries([prompt], max_length=sys.maxsize)
             if conversation["input_ids"].shape[1] <= self._processor.tokenizer.model_max_length:
                 return conversation
             # The query by itself fits, so it is the history that is too long.
             self.turns.pop(0)
         return inputs
-
-    def _conversation(self, query: str) -> str:
-        messages = []
-        for asked, answer in self.turns:
-            # A conversation has one image, whatever an answer spells.
-            answer = answer.replace(self._processor.image_token, "")
-            messages.append({"role": "user", "content": [{"type": "text", "text": asked.strip()}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        messages.append({"role": "user", "content": [{"type": "text", "text": query.strip()}]})
-        messages[0]["content"].insert(0, {"type": "image"})
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def close(self) -> None:
         """Free everything the session holds; closing twice does no harm."""
@@ -139,7 +130,8 @@ class ImageSessionMixin:
             max_turns: with history, so many turns are remembered.
 
         Raises:
-            ValueError: no processor is given and the model was not loaded from a checkpoint.
+            ValueError: no processor is given and the model was not loaded from a checkpoint, or the processor's
+                tokens are not the model's.
             OSError: the checkpoint holds no processor, or the image cannot be read.
         """
         return ImageSession(self, image, self._own_processor() if processor is None else processor, history, max_turns)

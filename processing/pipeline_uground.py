@@ -226,17 +226,19 @@ class ReferringSegmentationPipeline(Pipeline):
         """One batch of several items: rows padded on the left to the longest, image numbers counted on."""
         inputs = [item["inputs"] for item in items]
         length = max(tensors["input_ids"].shape[1] for tensors in inputs)
+        names = [name for name in inputs[0] if name != "image_index"]
         fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
         batch = {}
-        for name in inputs[0]:
+        for name in names:
             values = [tensors[name] for tensors in inputs]
             if name in fills:
                 values = [
                     torch.nn.functional.pad(value, (length - value.shape[1], 0), value=fills[name]) for value in values
                 ]
-            elif name == "image_index":
-                values = [value + number for number, value in enumerate(values)]
             batch[name] = torch.cat(values)
+        rows = torch.tensor([len(item["queries"]) for item in items])
+        if (rows > 1).any():
+            batch["image_index"] = torch.repeat_interleave(torch.arange(len(items)), rows)
         return {
             "inputs": batch,
             "queries": [query for item in items for query in item["queries"]],
@@ -280,22 +282,24 @@ def halve_batch(inputs: dict) -> list[dict]:
     Returns:
         Two batches with the rows in order; one, the given, where there is a single query.
     """
-    image_index, images = inputs["image_index"], len(inputs["original_sizes"])
+    rows, images = len(inputs["input_ids"]), len(inputs["original_sizes"])
     by_image = images > 1
-    count = images if by_image else len(image_index)
+    count = images if by_image else rows
     if count < 2:
         return [inputs]
-    numbers = image_index if by_image else torch.arange(count, device=image_index.device)
+    # Without `image_index` each image has one row.
+    numbers = inputs["image_index"] if by_image and "image_index" in inputs else torch.arange(rows)
     halves = []
     for low, high in ((0, count // 2), (count // 2, count)):
         rows = (numbers >= low) & (numbers < high)
         half = {}
         for name, value in inputs.items():
             if name in ("input_ids", "attention_mask", "image_index"):
-                half[name] = value[rows]
+                half[name] = value[rows.to(value.device)]
             else:
                 half[name] = value[low:high] if by_image else value
-        half["image_index"] = half["image_index"] - (low if by_image else 0)
+        if "image_index" in half:
+            half["image_index"] = half["image_index"] - (low if by_image else 0)
         halves.append(half)
     return halves
 

@@ -11,7 +11,16 @@ from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
 from .processor_options import CallOptions, read_options, take_image_options
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
-from .prompt_pieces import ASSISTANT, TEMPLATE, Piece, join_pieces, query_prompts, split_prompt
+from .prompt_pieces import (
+    ASSISTANT,
+    TEMPLATE,
+    Piece,
+    RenderedPrompt,
+    join_pieces,
+    query_prompts,
+    render_prompt,
+    split_prompt,
+)
 from .query_layout import flatten_texts, match_answers, pair_images_with_queries
 from .row_encoding import Row, SpecialTokens, expand_image
 
@@ -213,6 +222,10 @@ class UGroundProcessor(ProcessorMixin):
         _, (checked,) = pair_images_with_queries([None], [list(queries)])
         rows = self._read(self._pieces(checked, False), None, options)
         return self._finish(self._pad(rows, options, with_labels=False), options)
+
+    def render_prompt(self, turns: list[tuple[str, str]], query: str, learn_answers: bool = False) -> RenderedPrompt:
+        """A whole prompt of a conversation that keeps whose words are whose, see [`prompt_pieces.render_prompt`]."""
+        return render_prompt(self, turns, query, learn_answers)
 
     def check_token_ids(self, config) -> None:
         """Refuse a model with other ids, see [`prompt_format.check_token_ids`]."""
