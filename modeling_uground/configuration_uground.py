@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 # Version of the package that this code belongs to; published code has no package to ask.
 CODE_VERSION = "0.1.0"
-# Minor version of transformers that this code was tested with.
+# Oldest minor version of transformers that this code is tested with: the floor of `setup.py`.
 TESTED_TRANSFORMERS = "5.23"
 PROMPTS = ("embedding", "mask")
 LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
@@ -128,11 +128,12 @@ class UGroundConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is not the tested one."""
+        """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is older than the tested."""
         installed = transformers.__version__
-        if installed.split(".")[:2] != TESTED_TRANSFORMERS.split("."):
+        if _minor_version(installed) < _minor_version(TESTED_TRANSFORMERS):
             logger.warning_once(
-                f"uground {CODE_VERSION} was tested with transformers {TESTED_TRANSFORMERS}, installed is {installed}"
+                f"uground {CODE_VERSION} was tested with transformers {TESTED_TRANSFORMERS} and later, "
+                f"installed is {installed}"
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -168,6 +169,11 @@ class UGroundConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""
         return self.lmm_config.get_text_config(*args, **kwargs)
+
+
+def _minor_version(version: str) -> tuple[int, ...]:
+    """`"5.24.0.dev0"` to (5, 24)."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def check_layer_selection(layer_selection: str | int, num_layers: int) -> None:

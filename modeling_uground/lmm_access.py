@@ -3,9 +3,20 @@
 Nothing here belongs to one model instance: functions take tensors, or the LMM they ask.
 """
 
+import inspect
+
 import torch
 from torch import nn
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+# Under which name forwards, their outputs and `generate` take and give keys and values: "past_key_values" until
+# transformers 5.23, "cache" since then. One name holds for all models of a version, remote ones included.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 
 def token_validity(valid_sizes: torch.Tensor, grid_hw: tuple[int, int], patch_size: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 
@@ -46,6 +47,9 @@ class UGroundOutput(ModelOutput):
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
+        hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request.
+        attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
+        cache (`Cache`, *optional*): keys and values of the language model, on request.
     """
 
     loss: torch.Tensor | None = None
@@ -60,6 +64,9 @@ class UGroundOutput(ModelOutput):
     iou_scores: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cache: Cache | None = None
 
 
 @dataclass
@@ -72,6 +79,8 @@ class UGroundSegmentation(ModelOutput):
     Args:
         sequences (`(B, T)`, int64): prompts and what was written after them.
         prompt_length (`int`): number of columns of `sequences` that are prompt.
+        finished (`(B,)`, bool): answers that came to their end; the others were cut by a limit, such as
+            `max_new_tokens`, and may lack segments.
         image_index (`(B,)`, int64): image each row asks about.
         token_scores (`(N,)`, float32): probability with which each segment token was written.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
@@ -79,6 +88,7 @@ class UGroundSegmentation(ModelOutput):
 
     sequences: torch.Tensor | None = None
     prompt_length: int | None = None
+    finished: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     segment_row: torch.Tensor | None = None
     layer_logits: torch.Tensor | None = None

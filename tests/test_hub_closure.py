@@ -2,13 +2,15 @@
 
 import json
 import re
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from freeze_release import input_ids_of, outputs_of
+from packaging.requirements import Requirement
+from packaging.version import Version
 from tiny import tiny_config, tiny_model
 from tiny_processor import tiny_processor
 from transformers.dynamic_module_utils import get_relative_imports
@@ -34,7 +36,9 @@ def test_closure_is_flat_and_closed():
 def test_code_knows_the_version_of_its_package():
     project = re.search(r'^version = "(.+)"$', (PACKAGE / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert project[1] == version("uground") == CODE_VERSION
-    assert transformers.__version__.startswith(f"{TESTED_TRANSFORMERS}."), "the tests run with the tested version"
+    floor = Version(TESTED_TRANSFORMERS)
+    assert Requirement(f"transformers>={floor}") in map(Requirement, requires("uground"))
+    assert Version(transformers.__version__) >= floor, "the tests run with a tested version"
 
 
 def test_saving_leaves_all_code_and_the_stamp(tmp_path):
@@ -93,8 +97,18 @@ def test_completing_a_folder_keeps_what_the_user_wrote(tmp_path):
     assert {"example.png", "example_overlay.png", "example.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize(("installed", "warns"), [("5.23.4", False), ("5.24.0", True), ("6.0.0", True)])
-def test_other_versions_of_transformers_warn(installed, warns, monkeypatch):
+@pytest.mark.parametrize(
+    ("installed", "warns"),
+    [
+        ("5.23.0", False),
+        ("5.24.0.dev0", False),
+        ("6.0.0", False),
+        ("5.22.2", True),
+        ("5.9.1", True),
+        ("4.99.0", True),
+    ],
+)
+def test_only_older_versions_of_transformers_warn(installed, warns, monkeypatch):
     said = []
     monkeypatch.setattr(configuration_uground.transformers, "__version__", installed)
     monkeypatch.setattr(configuration_uground.logger, "warning_once", said.append)
