@@ -182,7 +182,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             inputs_embeds (*optional*): only `None`, which wrappers such as PEFT pass along.
             use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
             layer states and attentions; by default as the config says, and no keys and values. Attentions need
-            `attn_implementation="eager"`. return_dict (`bool`, *optional*): `False` gives a tuple of the present fields.
+            `attn_implementation="eager"`. return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
             kwargs: `num_items_in_batch`, which the text loss is divided by instead of the number of labels.
 
         Raises:
@@ -193,13 +193,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
         wanted = self._resolve_outputs(use_cache, output_hidden_states, output_attentions)
-        images = self._resolve_images(
-            image_embeddings,
-            (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes),
-            input_ids,
-            image_index,
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
         outputs = self.lmm(
             **lmm_inputs,
@@ -378,16 +373,21 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             raise ValueError("config.segment_token_id is not set: this model does not know its [SEG] token")
         return self.config.segment_token_id
 
-    def _resolve_images(self, image_embeddings, image_inputs, input_ids, image_index) -> UGroundImageEmbeddings:
-        """Encode the image inputs, which must be those of the queries, unless they were encoded before."""
-        if image_embeddings is not None:
-            return image_embeddings
-        if any(value is None for value in image_inputs):
+    def _resolve_images(self, rows, image_embeddings, image_inputs) -> tuple[UGroundImageEmbeddings, torch.Tensor]:
+        """
+        Encode the image inputs, which must be those of the rows, unless they were encoded before; and say which image
+        each row asks about.
+        """
+        input_ids, image_index = rows
+        if image_embeddings is None and any(value is None for value in image_inputs):
             raise ValueError(
                 "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and "
                 "original_sizes"
             )
-        return self.get_image_embeddings(*image_inputs, input_ids=input_ids, image_index=image_index)
+        if image_embeddings is None:
+            image_embeddings = self.get_image_embeddings(*image_inputs, input_ids=input_ids, image_index=image_index)
+        images = len(image_embeddings.lmm_features)
+        return image_embeddings, self._resolve_image_index(image_index, len(input_ids), images)
 
     _resolve_image_index = staticmethod(resolve_image_index)
 
