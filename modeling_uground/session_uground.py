@@ -36,15 +36,16 @@ class ImageSession:
     """
 
     def __init__(self, model, image, processor, history: bool = False, max_turns: int = MAX_TURNS):
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
+            raise ValueError(f"max_turns must be a whole number of at least 1, got {max_turns!r}")
         self.turns: list[tuple[str, str]] = []
         self._model, self._processor, self._image = model, processor, image
         self._history, self._max_turns = history, max_turns
-        self._fingerprint = image_fingerprint(image)
         processor.check_token_ids(model.config)
         # The prefix does not depend on the query, but a prompt needs one.
         inputs = processor(images=image, text="?").to(model.device)
+        # Only now: an image that cannot be read has been refused by name.
+        self._fingerprint = image_fingerprint(image)
         self._images = model.get_image_embeddings(**inputs)
         self._prefix = model.read_prefix(inputs["input_ids"], inputs["attention_mask"], None, self._images)
 
@@ -67,6 +68,8 @@ class ImageSession:
             raise ValueError("the image session is closed; open another one with model.image_session(image)")
         if image_fingerprint(self._image) != self._fingerprint:
             raise ValueError("the image has changed since its session was opened; open another one for the new image")
+        if not isinstance(query, (str, list, tuple)):
+            raise ValueError(f"a session is asked a string or a list of strings, got {type(query).__name__}")
         queries = [query] if isinstance(query, str) else list(query)
         if self._history and len(queries) != 1:
             raise ValueError(f"a session with history takes one query at a time, got {len(queries)}")

@@ -1,9 +1,11 @@
 """The keywords of a processor's call, as transformers groups them: which are taken, and what they may be."""
 
 from dataclasses import dataclass, field
-from numbers import Real
 
+from PIL import Image
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+from .argument_checks import check_number, check_one_of, check_whole
 
 # What may be changed of how pixels are read; both frames are changed alike.
 IMAGE_OPTIONS = (
@@ -40,7 +42,15 @@ GROUPS = {
 # How rows are padded or cut, by every name that transformers has for it.
 PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: None, "do_not_pad": None}
 TRUNCATIONS = {True: True, "longest_first": True, "only_first": True, False: False, "do_not_truncate": False}
-TENSORS = ("pt", "np", None)
+# What the keywords of a call may be, but for numbers of tokens.
+ALLOWED = {
+    "return_tensors": ("pt", "np", None),
+    "padding": tuple(PADDINGS),
+    "truncation": tuple(TRUNCATIONS),
+    "padding_side": ("left", "right"),
+    "add_special_tokens": (True, False),
+    "return_offsets_mapping": (True, False),
+}
 
 
 @dataclass
@@ -93,20 +103,15 @@ def read_options(given: dict) -> CallOptions:
     images = {name: flat.pop(name) for name in IMAGE_OPTIONS if flat.get(name) is not None}
     check_image_options(images)
     flat = {name: value for name, value in flat.items() if value is not None or name == "return_tensors"}
-    for name, allowed in (("padding", PADDINGS), ("truncation", TRUNCATIONS)):
+    for name, value in flat.items():
+        if name in ALLOWED:
+            check_one_of(name, value, ALLOWED[name])
+        else:
+            check_whole(name, value)
+    for name, meaning in (("padding", PADDINGS), ("truncation", TRUNCATIONS)):
         if name in flat:
-            flat[name] = allowed[_one_of(flat, name, tuple(allowed))]
-    options = CallOptions(**flat, images=images)
-    _one_of(vars(options), "padding_side", ("left", "right"))
-    _one_of(vars(options), "return_tensors", TENSORS)
-    for name in ("add_special_tokens", "return_offsets_mapping"):
-        if getattr(options, name) is not None:
-            _one_of(vars(options), name, (True, False))
-    for name in ("max_length", "pad_to_multiple_of"):
-        value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return options
+            flat[name] = meaning[flat[name]]
+    return CallOptions(**flat, images=images)
 
 
 def take_image_options(given: dict) -> dict:
@@ -126,16 +131,19 @@ def check_image_options(options: dict) -> None:
     """Raise a `ValueError` where a keyword for image processors has a value that none may have."""
     for name, value in options.items():
         if name.startswith("do_"):
-            _one_of(options, name, (True, False))
+            check_one_of(name, value, (True, False))
         elif name in ("image_mean", "image_std"):
             values = value if isinstance(value, (list, tuple)) else [value]
-            if len(values) not in (1, 3) or not all(map(_is_number, values)) or (name == "image_std" and 0 in values):
-                raise ValueError(
-                    f"{name} must be a number or three, one per channel{' and none 0' * (name == 'image_std')}, "
-                    f"got {value!r}"
-                )
-        elif not _is_number(value):
-            raise ValueError(f"{name} must be a number, got {value!r}")
+            if len(values) not in (1, 3):
+                raise ValueError(f"{name} must be one number or one per channel, 3, got {len(values)}")
+            for number in values:
+                check_number(name, number)
+            if name == "image_std" and 0 in values:
+                raise ValueError(f"image_std must not be 0, as pixels are divided by it, got {value!r}")
+        elif name == "resample":
+            check_one_of(name, value, tuple(Image.Resampling))
+        else:
+            check_number(name, value)
 
 
 def _refuse_unknown(given: dict, known: tuple[str, ...], place: str) -> None:
@@ -155,18 +163,6 @@ def _refuse_frame(given: dict) -> None:
             raise ValueError(
                 f"{name} may not be changed, as the models fix their frames; expected no {name}, got {given[name]!r}"
             )
-
-
-def _one_of(given: dict, name: str, allowed: tuple):
-    """The value of a keyword; 1 is no `True`."""
-    value = given[name]
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 __all__ = ["IMAGE_OPTIONS", "CallOptions", "read_options", "take_image_options"]

@@ -1,7 +1,7 @@
 """From the pieces of prompts and answers to token ids: whose words they are decides what a special token is.
 
-The text of a row is read as a whole, so that the ids are those of its plain text; where each piece begins and ends is
-known from the offsets of the tokens, and nothing is searched for.
+The text of a row is read as a whole, so that the ids are those of its plain text, unless a token would join a prompt
+with its answer. Where each piece begins and ends is known from the offsets of the tokens; nothing is searched for.
 """
 
 import json
@@ -13,6 +13,7 @@ from .prompt_pieces import ASSISTANT, TEMPLATE, USER, Piece, join_pieces
 
 # Around the stand-in of a special token; both are no characters, so no text holds them.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
+LINE_BREAK = "\n"
 
 
 @dataclass
@@ -66,10 +67,20 @@ class SpecialTokens:
             rows: pieces of each.
             add_special_tokens: as in the processor's call.
         """
-        texts = [join_pieces(pieces) for pieces in rows]
         if add_special_tokens is None:
             bos_token = tokenizer.bos_token
-            add_special_tokens = not (bos_token and texts[0].startswith(bos_token))
+            add_special_tokens = not (bos_token and join_pieces(rows[0]).startswith(bos_token))
+        read = []
+        for pieces, (ids, offsets) in zip(rows, self._read(tokenizer, rows, add_special_tokens), strict=True):
+            cuts = _straddled(pieces, offsets)
+            if cuts:
+                ids, offsets = self._read_in_parts(tokenizer, pieces, cuts, add_special_tokens)
+            read.append(Row(ids, _learnt(pieces, offsets), offsets))
+        return read
+
+    def _read(self, tokenizer, rows: list[list[Piece]], add_special_tokens: bool) -> list[tuple[list, list]]:
+        """Ids and offsets of each row, its text read as a whole."""
+        texts = [join_pieces(pieces) for pieces in rows]
         encoded = tokenizer(
             texts,
             add_special_tokens=add_special_tokens,
@@ -83,9 +94,34 @@ class SpecialTokens:
             rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             if self._is_misread(pieces, text, ids, offsets):
-                ids, offsets = self._encode_literally(tokenizer, pieces, add_special_tokens)
-            read.append(Row(ids, _learnt(pieces, offsets), [tuple(offset) for offset in offsets]))
+                ids, offsets = self._read_literally(tokenizer, pieces, add_special_tokens)
+            read.append((ids, [tuple(offset) for offset in offsets]))
         return read
+
+    def _read_in_parts(self, tokenizer, pieces: list[Piece], cuts: set[int], add_special_tokens: bool):
+        """
+        Ids and offsets of a row whose tokenizer would join what is learnt with what stands around it.
+
+        A prompt is read without its answer when an answer is to be written, so it must be the same ids here.
+        """
+        parts: list[list[Piece]] = []
+        for start, _, piece in _spans(pieces):
+            if not parts or start in cuts:
+                parts.append([])
+            parts[-1].append(piece)
+        [(all_ids, all_offsets)] = self._read(tokenizer, parts[:1], add_special_tokens)
+        # Behind a line break, as tokenizers may put a space in front of a text.
+        [(break_ids, _)] = self._read(tokenizer, [[Piece(LINE_BREAK)]], False)
+        start = len(join_pieces(parts[0]))
+        for part in parts[1:]:
+            [(ids, offsets)] = self._read(tokenizer, [[Piece(LINE_BREAK), *part]], False)
+            shift, skipped = start - len(LINE_BREAK), len(break_ids)
+            if ids[:skipped] != break_ids:
+                [(ids, offsets)], shift, skipped = self._read(tokenizer, [part], False), start, 0
+            all_ids = all_ids + ids[skipped:]
+            all_offsets = all_offsets + [(begin + shift, end + shift) for begin, end in offsets[skipped:]]
+            start += len(join_pieces(part))
+        return all_ids, all_offsets
 
     def _is_misread(self, pieces: list[Piece], text: str, ids: list[int], offsets) -> bool:
         """Whether a special token was read where somebody only spells it."""
@@ -104,7 +140,7 @@ class SpecialTokens:
                     return True
         return False
 
-    def _encode_literally(self, tokenizer, pieces: list[Piece], add_special_tokens: bool):
+    def _read_literally(self, tokenizer, pieces: list[Piece], add_special_tokens: bool):
         """Ids and offsets of a row by a tokenizer whose special tokens are spelt as no text spells them."""
         if self._backend is None:
             self._backend = self._make_backend(tokenizer.backend_tokenizer)
@@ -165,11 +201,22 @@ def _spans(pieces: list[Piece]):
         start += len(piece.text)
 
 
+def _learnt_spans(pieces: list[Piece]) -> list[tuple[int, int]]:
+    return [(start, end) for start, end, piece in _spans(pieces) if piece.learnt and piece.text]
+
+
+def _straddled(pieces: list[Piece], offsets) -> set[int]:
+    """Where what is learnt begins or ends within a token."""
+    learnt = _learnt_spans(pieces)
+    edges = {start for start, _ in learnt} ^ {end for _, end in learnt}
+    return {edge for edge in edges if any(begin < edge < end for begin, end in offsets)}
+
+
 def _learnt(pieces: list[Piece], offsets) -> list[bool]:
     """Of each token, whether it holds anything that is to be learnt."""
-    spans = [(start, end) for start, end, piece in _spans(pieces) if piece.learnt]
+    learnt = _learnt_spans(pieces)
     # A token of no characters belongs to the character behind it.
-    return [any(begin < stop and max(end, begin + 1) > start for start, stop in spans) for begin, end in offsets]
+    return [any(begin < stop and max(end, begin + 1) > start for start, stop in learnt) for begin, end in offsets]
 
 
 def expand_image(row: Row, image_token_id: int, count: int) -> Row:
