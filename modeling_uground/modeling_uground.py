@@ -165,6 +165,14 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     def get_output_embeddings(self):
         return self.lmm.get_output_embeddings()
 
+    def enable_input_require_grads(self):
+        """Of words only: encoders of images that are frozen would build a graph for nothing."""
+        self.lmm.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        """Take back [`enable_input_require_grads`]."""
+        self.lmm.get_decoder().disable_input_require_grads()
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
         return self.lmm.resize_token_embeddings(*args, **kwargs)
