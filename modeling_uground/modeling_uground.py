@@ -167,7 +167,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def enable_input_require_grads(self):
         """Of words only: encoders of images that are frozen would build a graph for nothing."""
-        self.lmm.get_decoder().enable_input_require_grads()
+        decoder = self.lmm.get_decoder()
+        # Once, however often it is asked for: only the hooks of the last time are known to be taken back.
+        decoder.disable_input_require_grads()
+        decoder.enable_input_require_grads()
 
     def disable_input_require_grads(self):
         """Take back [`enable_input_require_grads`]."""

@@ -11,7 +11,7 @@ import torch
 
 # How accelerate has a model compute in mixed precision, and that it does.
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
-MARKS = (*PREPARED, "training", "gradient_checkpointing", "_gradient_checkpointing_func")
+MARKS = (*PREPARED, "training", "gradient_checkpointing", "_gradient_checkpointing_func", "neftune_noise_alpha")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         bare = self.bare_model
         vars(bare.config).pop("use_cache", None)
         vars(bare.config).update(use_cache)
-        if self._needs_input_gradients():
+        if args.gradient_checkpointing:
             bare.disable_input_require_grads()
         freeze_unused(bare, args.loss_weights(), draws_layers)
         # What accelerate has put around the model, kept from one call to the next.
@@ -146,7 +146,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
             stack.enter_context(left_as_found(self.model, self._preparation))
             # A moving average in bfloat16 would stand still.
             stack.enter_context(float32_buffers(policies, "reward_ema"))
-            if self._needs_input_gradients():
+            if self.args.gradient_checkpointing:
+                # Gradients must pass through what is checkpointed, also where all that it reads is frozen.
                 self.bare_model.enable_input_require_grads()
                 stack.callback(self.bare_model.disable_input_require_grads)
             if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
@@ -155,10 +156,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self.is_in_train = False
-
-    def _needs_input_gradients(self) -> bool:
-        """Whether checkpointed layers must be told that gradients pass through them: what they read is frozen."""
-        return is_peft_model(self.model) and self.args.gradient_checkpointing
+                if (noise := getattr(self, "neftune_hook_handle", None)) is not None:
+                    noise.remove()
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """Also count what the step holds over all its micro-batches and processes: what sums are divided by."""
