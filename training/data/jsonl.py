@@ -34,6 +34,7 @@ from uground.training.data.masks import (
     read_mask,
     shown,
 )
+from uground.training.metric_protocols import OVERALL
 
 SEGMENT, REJECT = "[SEG]", "[REJ]"
 TURN_KEYS = {"query", "answer", "phrases", "masks", "boxes"}
@@ -199,6 +200,8 @@ def build_example(record: dict, image: Image.Image, folder: Path, name: str) -> 
     last, ignore, identifier, attribute = read[-1], *(record.get(key) for key in ("ignore", "id", "attribute"))
     if not (identifier is None or is_whole(identifier)):
         _text(identifier, "id", name)
+    if attribute is not None and _text(attribute, "attribute", name) == OVERALL:
+        raise ValueError(f"{name}: attribute must name a part of the data, got {OVERALL!r}, which is all of them")
     example = {
         "id": name if identifier is None else str(identifier),
         "image": image,
@@ -207,7 +210,7 @@ def build_example(record: dict, image: Image.Image, folder: Path, name: str) -> 
         "phrases": [phrase for turn in read for phrase in turn["phrases"]],
         "masks": [mask for turn in read for mask in turn["masks"]],
         "ignore": None if ignore is None else _read_one(ignore, size, folder, f"{name}: ignore"),
-        "attribute": _attribute(last["answer"]) if attribute is None else _text(attribute, "attribute", name),
+        "attribute": _attribute(last["answer"]) if attribute is None else attribute,
     }
     if len(read) > 1:
         example["history"] = [{"query": turn["query"], "answer": turn["answer"]} for turn in read[:-1]]

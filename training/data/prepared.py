@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.training.data.files import open_image
+from uground.training.data.masks import read_runs
 
 RLE = {"size": List(Value("int32")), "counts": Value("string")}
 FEATURES = Features(
@@ -152,5 +153,8 @@ def _opened(rows: dict[str, list]) -> dict[str, list]:
     for index, image in enumerate(rows["image"]):
         masks = rows.get("masks", [[]] * (index + 1))[index]
         name = rows["id"][index] if "id" in rows else f"item {index}"
+        ignore = rows["ignore"][index] if "ignore" in rows else None
+        for rle in [*masks, *([] if ignore is None else [ignore])]:
+            read_runs(rle, name)
         images.append(open_image(image, tuple(masks[0]["size"]) if masks else None, name))
     return {**rows, "image": images}
