@@ -18,6 +18,8 @@ LEAST_POLYGON = 6
 # Pixels that a point must lie off the line through the others; less is rounding.
 LEAST_WIDTH = 1e-3
 INFINITE = (float("inf"), -float("inf"))
+# What is said of a mask that would fit the image lying on its side: cameras store pixels as the sensor lay.
+SIDEWAYS = "; it looks drawn on the picture before its EXIF orientation turned it, so turn the mask likewise"
 # The longest side of a JPEG, and about twice as many pixels as Pillow opens: nothing larger is a picture, and
 # pycocotools counts in 32 bits.
 MOST_SIDE, MOST_PIXELS = 65535, 2**28
@@ -197,9 +199,7 @@ def check_same_size(found: tuple[int, int], size: tuple[int, int], name: str) ->
         ValueError: height and width `found` of a mask are not the image's `size`; the sentence begins with `name`.
     """
     if tuple(found) != tuple(size):
-        # Cameras store a picture as the sensor lay and write beside it how to turn it.
-        sideways = tuple(found) == tuple(size)[::-1]
-        hint = "; it looks drawn on the picture before its EXIF orientation turned it" if sideways else ""
+        hint = SIDEWAYS if tuple(found) == tuple(size)[::-1] else ""
         raise ValueError(f"{name} has size {list(found)}, expected that of the image, {list(size)}{hint}")
 
 
