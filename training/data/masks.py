@@ -41,7 +41,8 @@ def decode_mask(rle: dict, name: str = "a mask") -> np.ndarray:
     Raises:
         ValueError: it is no RLE, see [`read_runs`]; the sentence begins with `name`.
     """
-    return coco_mask.decode(_from_runs(*read_runs(rle, name))).astype(bool)
+    size, runs = read_runs(rle, name)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F")
 
 
 def empty_mask(size: tuple[int, int]) -> dict:
@@ -122,7 +123,7 @@ def read_runs(rle: dict, name: str) -> tuple[tuple[int, int], np.ndarray]:
 
 def _decompress(counts: str | bytes, name: str) -> list[int]:
     """Runs of compressed counts; from the fourth on they are written as differences to the last but one."""
-    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - FIRST_CHARACTER
     last = codes & MORE == 0
     if not codes.size or codes.min() < 0 or codes.max() >= 2 * MORE or not last[-1]:
