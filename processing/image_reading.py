@@ -61,8 +61,28 @@ def read_image(image, name: str = "the image") -> Image.Image:
         raise ValueError(
             f"{name} must be at least {MIN_SIDE} pixels wide and high, got {width} wide and {height} high"
         )
-    with _decoding(name):
+    with picture_errors(name):
         return _to_rgb(ImageOps.exif_transpose(picture))
+
+
+@contextmanager
+def picture_errors(name: str) -> Iterator[None]:
+    """
+    One sentence, which begins with `name`, for whatever Pillow raises at a picture file.
+
+    Raises:
+        OSError: the file is missing, unreadable or truncated.
+        ValueError: it has more pixels than Pillow decodes.
+    """
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} does not exist") from None
+    except Exception as error:  # a broken file leads decoders to errors of any kind
+        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
 
 
 def _open(source: str, name: str) -> Image.Image:
@@ -72,7 +92,7 @@ def _open(source: str, name: str) -> Image.Image:
         file = source
     else:
         raise FileNotFoundError(f"{name} does not exist or is not a file")
-    with _decoding(name):
+    with picture_errors(name):
         picture = Image.open(file)
         picture.load()
     return picture
@@ -84,18 +104,6 @@ def _is_file(source: str) -> bool:
     except OSError:
         # No name of a file is as long as the content of one, which is handed in by mistake.
         return False
-
-
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """One sentence for whatever a decoder raises: each of Pillow's formats has its own ways to fail."""
-    try:
-        yield
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
-    except Exception as error:
-        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
 
 
 def _load(url: str, name: str) -> bytes:
@@ -179,4 +187,4 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-__all__ = ["read_image"]
+__all__ = ["picture_errors", "read_image"]

@@ -66,6 +66,30 @@ def test_a_picture_of_another_size_is_refused(grefcoco, tmp_path, monkeypatch):
         prepared_dataset(tmp_path / "out", "val")[0]
 
 
+def test_a_row_that_others_wrote_is_checked_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (good,) = scene_examples("test", 0, 0)
+    rows = [
+        ({}, None),
+        ({"masks": [{"size": good["masks"][0]["size"], "counts": "09"}]}, "mask 1: its RLE counts 9 pixels, expected"),
+        ({"masks": [{"size": None, "counts": "09"}]}, "mask 1: a size must be whole numbers of pixels"),
+        ({"masks": [None]}, "mask 1: an RLE must have size and counts"),
+        ({"masks": None}, "masks must be a list of RLEs, got None"),
+        ({"ignore": {"size": good["masks"][0]["size"], "counts": ""}}, "ignore: the counts of an RLE"),
+        ({"query": None}, "query must be a text, got None"),
+        ({"answer": None}, "answer must be a text, got None"),
+    ]
+    examples = [{**good, "subset": None, "id": f"row-{number}", **row} for number, (row, _) in enumerate(rows)]
+    write_prepared(examples, tmp_path, "val")
+    data = prepared_dataset(tmp_path, "val")
+    for number, (_, message) in enumerate(rows):
+        if message is None:
+            assert data[number]["masks"] == good["masks"]
+        else:
+            with pytest.raises(ValueError, match=f"^row-{number}: {message}"):
+                data[number]
+
+
 def test_what_is_asked_may_be_drawn(grefcoco, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     output = str(tmp_path / "out")

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.training.data.files import open_image
+from uground.training.data.masks import read_runs, shown
 
 RLE = {"size": List(Value("int32")), "counts": Value("string")}
 FEATURES = Features(
@@ -150,7 +151,21 @@ def _opened(rows: dict[str, list]) -> dict[str, list]:
         return rows
     images = []
     for index, image in enumerate(rows["image"]):
-        masks = rows.get("masks", [[]] * (index + 1))[index]
         name = rows["id"][index] if "id" in rows else f"item {index}"
+        _check({column: values[index] for column, values in rows.items()}, name)
+        masks = rows["masks"][index] if "masks" in rows else []
         images.append(open_image(image, tuple(masks[0]["size"]) if masks else None, name))
     return {**rows, "image": images}
+
+
+def _check(row: dict, name: str) -> None:
+    """Others write such columns too: texts must be there, and masks must be masks."""
+    for column in ("query", "answer"):
+        if column in row and not isinstance(row[column], str):
+            raise ValueError(f"{name}: {column} must be a text, got {shown(row[column])}")
+    if "masks" in row and not isinstance(row["masks"], list):
+        raise ValueError(f"{name}: masks must be a list of RLEs, got {shown(row['masks'])}")
+    for number, rle in enumerate(row.get("masks", []), start=1):
+        read_runs(rle, f"{name}: mask {number}")
+    if row.get("ignore") is not None:
+        read_runs(row["ignore"], f"{name}: ignore")
