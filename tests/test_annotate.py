@@ -74,7 +74,7 @@ def test_every_image_is_asked_every_query(folder, pipe):
     names = sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.[jp][pn]g"))
     assert [key(row) for row in rows] == [(name, place) for name in names for place in (0, 1)]
     assert [row["query"] for row in rows[:2]] == QUERIES and all(row["error"] is None for row in rows)
-    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*"))
+    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*.partial"))
     for row in rows:
         path = folder / "images" / row["image"]
         expected = pipe(str(path), row["query"], generate_kwargs=write(pipe.processor, ANSWER))
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_without_a_lost_or_doubled_row(folder, pipe, 
     annotate.annotate(arguments(folder, "--batch-size", 1), lambda _: pipe)
     assert rows_of(folder) == rows_of(folder, "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert not list((folder / "out").glob(".*"))
+    assert not list((folder / "out").glob(".*.partial"))
     # Nothing is left to do, so nothing is loaded.
     annotate.annotate(arguments(folder), lambda _: pytest.fail("loaded a model for nothing"))
 
@@ -199,9 +199,9 @@ BAD = {
     "no images": ([], {"input": "empty"}, "holds no images"),
     "queries": ([], {"queries": "nothing.txt"}, "nothing.txt"),
     "no queries": ([], {"queries": "blank.txt"}, "holds no queries"),
-    "no json": ([], {"queries": "bad.jsonl"}, "line 1 of .*bad.jsonl must be JSON"),
+    "no json": ([], {"queries": "bad.jsonl"}, "bad.jsonl:1: the line must be JSON"),
     "no query": ([], {"queries": "none.jsonl"}, 'line 2 of .*must hold "image" and "query" or "queries"'),
-    "stranger": ([], {"queries": "stranger.jsonl"}, "line 1 of .*asks about the image '9.png', which is not in"),
+    "stranger": ([], {"queries": "stranger.jsonl"}, "stranger.jsonl:1: the line asks about the image '9.png', which is not in"),
 }
 
 
@@ -259,7 +259,7 @@ def test_killed_and_taken_up_by_two_processes(folder):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     subprocess.run([*alone[:-5], str(folder / "whole"), *alone[-4:]], env=environment, check=True, timeout=300)
     assert rows_of(folder) == rows_of(folder, "whole")
-    assert not list((folder / "out").glob(".*"))
+    assert not list((folder / "out").glob(".*.partial"))
 
 
 def test_a_mistake_is_one_line(folder, capsys):

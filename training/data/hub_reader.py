@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from uground.processing.image_reading import picture_errors
 from uground.training.data.files import checked_root
-from uground.training.data.masks import encode_mask, is_empty, read_mask
+from uground.training.data.masks import encode_mask, is_empty, read_mask, shown
 from uground.training.data.prepared import open_parquet, parquet_rows
-from uground.training.data.records import Record, checked_list, shown
+from uground.training.data.records import Record, checked_list
 from uground.training.data.samples import NO_AREA, NO_WORDS, Sample, Skipped
 
 COLUMNS = {
@@ -64,7 +65,10 @@ def _samples(dataset: str, split: str, files: list[Path]) -> Iterator[Sample | S
             row = Record(row, f"{path} row {place}, {dataset}-{split}-{index}")
             content = row.record("image").take("bytes")
             size = _picture_size(content, row.name)
-            for number, (phrase, mask) in enumerate(_asked(dataset, row, size)):
+            asked = list(_asked(dataset, row, size))
+            if not asked:
+                yield Skipped(row.name, NO_WORDS)
+            for number, (phrase, mask) in enumerate(asked):
                 if not phrase or is_empty(mask):
                     yield Skipped(row.name, NO_AREA if phrase else NO_WORDS)
                     continue
@@ -84,11 +88,8 @@ def _picture_size(content, name: str) -> tuple[int, int]:
     """Height and width of a picture as it is stored; masks of these copies were drawn on that."""
     if not isinstance(content, bytes):
         raise ValueError(f"{name}: its image must hold the bytes of a picture, got {shown(content)}")
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise OSError(f"{name}: its image cannot be read: {' '.join(str(error).split())}") from error
+    with picture_errors(f"{name}: its image"), Image.open(io.BytesIO(content)) as picture:
+        return picture.height, picture.width
 
 
 def _is_sentence(dataset: str, text: str) -> bool:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from uground.training.data.files import checked_root, first_existing, read_json, require, require_images
-from uground.training.data.masks import is_empty, read_mask
-from uground.training.data.records import Record, checked_text, records, shown
+from uground.training.data.masks import is_empty, read_mask, shown
+from uground.training.data.records import Record, checked_text, records
 from uground.training.data.samples import NO_AREA, NO_NAME, NO_TARGET, NO_WORDS, Sample, Skipped
 
 FOLDERS = ("multi_reason_seg/MultiReasonSeg", "MultiReasonSeg", "multi_reason_seg", ".")

@@ -20,8 +20,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.training.data.files import open_image
-from uground.training.data.masks import is_empty, read_mask
-from uground.training.data.records import MOST_PIXELS, Record, checked_count
+from uground.training.data.masks import check_size, is_empty, read_mask
+from uground.training.data.records import Record
 
 RLE = {"size": List(Value("int32")), "counts": Value("string")}
 FEATURES = Features(
@@ -244,9 +244,11 @@ def checked_example(row: dict, name: str) -> dict:
     record = Record(row, name)
     record = Record(row, f"{name}, {record.filled_text('id')}")
     masks = checked_answer(record)
-    sizes = {_mask_size(mask) for mask in masks}
-    ignore = record.record("ignore") if "ignore" in record and any(row["ignore"].values()) else None
-    sizes |= set() if ignore is None else {_mask_size(ignore)}
+    sizes = {check_size(mask.take("size"), mask.name) for mask in masks}
+    ignore = record.record("ignore") if "ignore" in record else None
+    if ignore is not None and not any(ignore.value.values()):  # how some writers store null
+        ignore = None
+    sizes |= set() if ignore is None else {check_size(ignore.take("size"), ignore.name)}
     if len(sizes) > 1:
         raise ValueError(f"{record.name}: its masks must be of one size, got {sorted(sizes)} (height, width)")
     size = next(iter(sizes), None)
@@ -257,9 +259,17 @@ def checked_example(row: dict, name: str) -> dict:
     picture = record.record("image").value
     if picture.get("bytes") is None and picture.get("path") is None:
         raise ValueError(f"{record.name}: its image must hold bytes or a path, got neither")
+    try:
+        image = open_image(picture, size, record.name)
+    except (OSError, ValueError) as error:
+        if str(error).startswith(record.name):
+            raise
+        # A picture that lies in a file of its own is called by its path only.
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise (kind if isinstance(error, OSError) else ValueError)(f"{record.name}: {error}") from error
     return {
         **row,
-        "image": open_image(picture, size, record.name),
+        "image": image,
         "masks": read,
         "ignore": None if ignore is None else read_mask(ignore.value, size, ignore.name),
     }
@@ -281,10 +291,3 @@ def checked_answer(record: Record) -> list[Record]:
     if len(phrases) not in (0, len(masks)):
         raise ValueError(f"{record.name} must have one phrase per mask, {len(masks)}, got {len(phrases)}")
     return masks
-
-
-def _mask_size(mask: Record) -> tuple[int, int]:
-    sides = [checked_count(side, f"{mask.name}: size") for side in mask.items("size")]
-    if len(sides) != 2 or sides[0] * sides[1] > MOST_PIXELS:
-        raise ValueError(f"{mask.name}: size must be [height, width] of at most {MOST_PIXELS} pixels, got {sides}")
-    return sides[0], sides[1]

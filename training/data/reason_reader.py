@@ -19,7 +19,7 @@ from uground.training.data.files import (
     require,
     require_images,
 )
-from uground.training.data.masks import encode_mask, is_empty, paint_polygon, read_mask
+from uground.training.data.masks import encode_mask, flat_polygon, has_area, is_empty, paint_polygon, read_mask, shown
 from uground.training.data.records import (
     Record,
     checked_flag,
@@ -28,7 +28,6 @@ from uground.training.data.records import (
     checked_text,
     keyed,
     records,
-    shown,
 )
 from uground.training.data.samples import NO_ANSWER, NO_AREA, NO_TARGET, NO_WORDS, Sample, Skipped
 
@@ -86,7 +85,7 @@ def _reasonseg_samples(dataset: str, split: str, files: list[Path], explanations
         shapes = content.items("shapes")
         labels = paint_shapes(shapes, size, str(path))
         mask, ignored = encode_mask(labels == TARGET), labels == IGNORED
-        has_area = not is_empty(mask) and _has_area(shapes)
+        has_area = not is_empty(mask) and _has_area(shapes, size, str(path))
         shared = {
             "image": str(picture),
             "size": size,
@@ -156,36 +155,30 @@ def paint_shapes(shapes: list[dict], size: tuple[int, int], name: str = "the ann
         ValueError: a shape has no label, or its points are none.
     """
     painted = []
-    for shape in records(shapes, name, "shape"):
-        label, points = shape.text("label").lower(), shape.items("points")
-        if label == "flag":
-            continue
+    for kind, points, where in _drawn_shapes(shapes, name):
         alone = np.zeros(size, dtype=np.uint8)
-        paint_polygon(alone, [_corner(point, shape.name) for point in points], TARGET)
-        painted.append((int(alone.sum()), alone > 0, IGNORED if "ignore" in label else TARGET))
+        paint_polygon(alone, points, TARGET, where)
+        painted.append((int(alone.sum()), alone > 0, kind))
     labels = np.zeros(size, dtype=np.uint8)
     for _, mask, value in sorted(painted, key=lambda entry: -entry[0]):
         labels[mask] = value
     return labels
 
 
-def _corner(point, name: str) -> tuple[float, float]:
-    if not isinstance(point, list) or [type(number) in (int, float) for number in point] != [True, True]:
-        raise ValueError(f"{name}: points must be [x, y] pairs of numbers, got {shown(point)}")
-    return tuple(point)
+def _drawn_shapes(shapes: list[dict], name: str) -> Iterator[tuple[int, list, str]]:
+    """`TARGET` or `IGNORED`, the points, and the name of each shape but flags."""
+    for shape in records(shapes, name, "shape"):
+        label = shape.text("label").lower()
+        if label != "flag":
+            yield IGNORED if "ignore" in label else TARGET, shape.items("points"), shape.name
 
 
-def _has_area(shapes: list[dict]) -> bool:
+def _has_area(shapes: list[dict], size: tuple[int, int], name: str) -> bool:
     """Whether some target is more than points on one line: outlines are painted, so pixels do not tell."""
-    labels = [shape["label"].strip().lower() for shape in shapes]
-    targets = [shape for shape, label in zip(shapes, labels, strict=True) if label != "flag" and "ignore" not in label]
-    return any(not _on_one_line(shape["points"]) for shape in targets)
-
-
-def _on_one_line(points: list) -> bool:
-    steps = [(x - points[0][0], y - points[0][1]) for x, y in points]
-    along = next((step for step in steps if step != (0, 0)), (0, 0))
-    return all(along[0] * y == along[1] * x for x, y in steps)
+    return any(
+        kind == TARGET and has_area(flat_polygon(points, size, where))
+        for kind, points, where in _drawn_shapes(shapes, name)
+    )
 
 
 # Of each kind of LISA++: its file, the keys of picture and of polygons.

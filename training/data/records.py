@@ -1,13 +1,8 @@
-"""Fields of annotation records, checked as they are taken: a sentence says which file and record, and what is wrong."""
+"""Fields of annotation records, checked as they are taken: a sentence says which record of which file is wrong."""
 
 from collections.abc import Iterator
 
-from PIL import Image
-
-# Characters of a wrong value in a message.
-VALUE_SHOWN = 60
-# A picture of more pixels cannot be opened: Pillow takes it for a decompression bomb.
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**30)
+from uground.training.data.masks import check_size, shown
 
 
 class Record:
@@ -89,12 +84,7 @@ class Record:
 
     def size(self) -> tuple[int, int]:
         """`height` and `width` in pixels."""
-        height, width = (checked_count(self.take(key), f"{self.name}: {key}") for key in ("height", "width"))
-        if height * width > MOST_PIXELS:
-            raise ValueError(
-                f"{self.name}: a picture may hold {MOST_PIXELS} pixels, got {height} x {width} (height x width)"
-            )
-        return height, width
+        return check_size([self.take("height"), self.take("width")], self.name)
 
 
 def records(value, name: str, label: str) -> list[Record]:
@@ -136,27 +126,8 @@ def checked_key(value, name: str) -> int | str:
     return checked_text(value, name) if isinstance(value, str) else value
 
 
-def checked_count(value, name: str) -> int:
-    """A whole number of at least 1; 20.0 is one."""
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
-    return int(value)
-
-
 def checked_flag(value, name: str) -> bool:
     """True or false, also as 1 or 0."""
     if value not in (True, False):
         raise ValueError(f"{name} must be true or false, got {shown(value)}")
     return bool(value)
-
-
-def shown(value) -> str:
-    """A value of any kind in a few characters; of lists and objects their type only."""
-    if value is not None and not isinstance(value, (str, int, float)):
-        return f"a {type(value).__name__}"
-    try:
-        text = ascii(value) if isinstance(value, str) else repr(value)
-    except ValueError:  # Python writes out no number of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}…"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from uground.processing.image_reading import picture_errors
 from uground.training.data.class_names import ADE20K, COCO_STUFF
 from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
 from uground.training.data.masks import encode_mask, is_empty, read_mask, union_mask
@@ -87,11 +88,8 @@ def _mapillary_names(root: Path) -> tuple[str, ...]:
 
 def _read_labels(path: Path) -> np.ndarray:
     """The label map `(H, W)` of a file: numbers of a palette count as they are, whatever their colours."""
-    try:
-        with Image.open(path) as opened:
-            labels = np.asarray(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"the label map {path} cannot be read: {' '.join(str(error).split())}") from error
+    with picture_errors(f"the label map {path}"), Image.open(path) as opened:
+        labels = np.asarray(opened)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"the label map {path} must have one whole number per pixel, got {labels.dtype} {labels.shape}"
