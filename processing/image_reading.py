@@ -3,6 +3,7 @@
 import base64
 import os
 import string
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -59,10 +60,28 @@ def read_image(image, name: str = "the image") -> Image.Image:
         raise ValueError(
             f"{name} must be at least {MIN_SIDE} pixels wide and high, got {width} wide and {height} high"
         )
-    try:
+    with picture_errors(name):
         return _to_rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"{name} cannot be read: {error}") from error
+
+
+@contextmanager
+def picture_errors(name: str):
+    """
+    One sentence, which begins with `name`, for whatever Pillow raises at a picture file.
+
+    Raises:
+        OSError: the file is missing, unreadable or truncated.
+        ValueError: it has more pixels than Pillow decodes.
+    """
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} does not exist") from None
+    except Exception as error:  # a broken file leads decoders to errors of any kind
+        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
 
 
 def _open(source: str, name: str) -> Image.Image:
@@ -72,14 +91,9 @@ def _open(source: str, name: str) -> Image.Image:
         file = source
     else:
         raise FileNotFoundError(f"{name} does not exist or is not a file")
-    try:
+    with picture_errors(name):
         picture = Image.open(file)
         picture.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
     return picture
 
 
@@ -158,4 +172,4 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-__all__ = ["read_image"]
+__all__ = ["picture_errors", "read_image"]

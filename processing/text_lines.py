@@ -20,7 +20,7 @@ def raw_lines(path: str | os.PathLike) -> list[bytes]:
         ValueError: it is UTF-16 or UTF-32, or its lines end with `\\r` only.
     """
     data = Path(path).read_bytes()
-    if data.startswith(WIDE_MARKS) or 0 in data[:2]:
+    if looks_wide(data):
         raise ValueError(f"{path}:1: the file looks like UTF-16 or UTF-32, expected UTF-8; save it as UTF-8")
     data = data.removeprefix(UTF8_MARK)
     if b"\n" not in data and b"\r" in data.rstrip(b"\r"):
@@ -29,6 +29,11 @@ def raw_lines(path: str | os.PathLike) -> list[bytes]:
     if not lines[-1]:
         del lines[-1]
     return [line.removesuffix(b"\r") for line in lines]
+
+
+def looks_wide(data: bytes) -> bool:
+    """Whether a file's bytes begin as text does in UTF-16 or UTF-32."""
+    return data.startswith(WIDE_MARKS) or 0 in data[:2]
 
 
 def decode_line(line: bytes, name: str) -> str:
@@ -62,4 +67,4 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return [decode_line(line, f"{path}:{number}") for number, line in enumerate(raw_lines(path), start=1)]
 
 
-__all__ = ["decode_line", "raw_lines", "read_lines"]
+__all__ = ["decode_line", "looks_wide", "raw_lines", "read_lines"]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from uground.processing.drawing import draw_overlay
 from uground.processing.image_reading import read_image
+from uground.training.data.masks import decode_mask
 from uground.training.metrics import OVERALL, GroundingCounts
 
 FIGURES = ("ciou", "giou", "n_acc", "t_acc")
@@ -58,13 +58,13 @@ class WrittenCounts:
         size = prediction["masks"].shape[1:]
         # Masks of earlier turns are no part of this answer.
         own = example["masks"][len(example["masks"]) - wanted.count(processor.segment_token) :]
-        targets = [coco_mask.decode(rle).astype(bool) for rle in own]
+        targets = [decode_mask(rle) for rle in own]
         ignore = example.get("ignore")
         self.counts.process(
             [prediction["masks"].cpu().numpy()],
             [np.stack(targets) if targets else np.zeros((0, *size), bool)],
             [example.get("attribute") or "res"],
-            [None if ignore is None else coco_mask.decode(ignore).astype(bool)],
+            [None if ignore is None else decode_mask(ignore)],
         )
 
     def merge(self, other: "WrittenCounts") -> None:
@@ -159,7 +159,7 @@ def draw_comparison(image: Image.Image, example: dict, prediction: dict) -> Imag
     phrases = list(example.get("phrases") or [])
     wanted = [
         {
-            "mask": Image.fromarray(coco_mask.decode(rle).astype(bool)).convert("L"),
+            "mask": Image.fromarray(decode_mask(rle)).convert("L"),
             "label": phrases[number] if number < len(phrases) else "wanted",
             "score": 1.0,
         }

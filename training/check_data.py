@@ -1,8 +1,10 @@
 """Check a JSONL file before training on it: every bad line with its reason, and a contact sheet of the good ones.
 
-    python -m uground.training.check_data mine.jsonl --sheet sheet.png
+    python -m uground.training.check_data mine.jsonl --model PATH --sheet sheet.png
 
-The format is described in `uground.training.data.jsonl`. The command ends with status 1 if a line is bad.
+The format is described in `uground.training.data.jsonl`. A line is read by what reads it in training and put into a
+batch with the processor of the model that is to be trained (by default the bundled one), so training takes what passes
+here, and stops at what does not, or skips it. The command ends with status 1 if a line is bad.
 """
 
 import argparse
@@ -12,14 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from uground import UGroundProcessor, tiny_checkpoint
 from uground.processing.drawing import draw_overlay
+from uground.training.collator import GroundingCollator
 from uground.training.data.jsonl import JsonlSource
+from uground.training.data.masks import decode_mask
 
 CELL, TEXT_HEIGHT, COLUMNS, FONT_SIZE = 320, 40, 4, 13
 BAD_LINES_SHOWN = 50
+# Masks are compared with no target here; a small frame is quick to fill.
+LOSS_SIZE = 16
 
 
 @dataclass
@@ -41,30 +47,46 @@ class DataReport:
     shown: list[dict] = field(default_factory=list)
 
 
-def check_data(path: str | Path, sheet_size: int = 12, quiet: bool = False) -> DataReport:
+def check_data(
+    path: str | Path,
+    sheet_size: int = 12,
+    quiet: bool = False,
+    processor: UGroundProcessor | None = None,
+    max_length: int | None = None,
+) -> DataReport:
     """
-    Read every line of a JSONL file as training would.
+    Read every line of a JSONL file and make a batch of it, as training would.
 
     Args:
         path: of the file.
         sheet_size: examples to keep for a contact sheet.
         quiet: show no progress bar.
+        processor: of the model that is to be trained; by default of the bundled one.
+        max_length: as in training, where it cuts what is too long; by default that is refused.
 
     Raises:
-        OSError, ValueError: the file is missing or empty; a bad line is no error but a part of the report.
+        OSError, ValueError: the file is missing, empty or no JSON lines; a bad line is no error but a part of the
+            report.
     """
     source, report = JsonlSource(path), DataReport()
-    every, seen = max(1, len(source) // max(1, sheet_size)), set()
+    processor = UGroundProcessor.from_pretrained(tiny_checkpoint()) if processor is None else processor
+    collator = GroundingCollator(processor, LOSS_SIZE, max_length=max_length)
+    every = max(1, len(source) // max(1, sheet_size))
     for index in tqdm(range(len(source)), unit="line", disable=quiet):
         report.lines += 1
+        name = example_id = source.name_of(index)
         try:
-            example = source[index]["examples"][0]
-            if example["id"] in seen:
-                raise ValueError(f"{source.name_of(index)}: the id {example['id']!r} stands in an earlier line too")
+            item = source[index]
+            (example,) = item["examples"]
+            example_id = example["id"]
+            collator.check(item)
         except (OSError, ValueError) as error:
-            report.problems.append(str(error))
+            sentence = " ".join(str(error).splitlines())
+            if not sentence.startswith(f"{name}:"):
+                # The collator knows an example by its id only.
+                sentence = f"{name}: {sentence.removeprefix(f'example {example_id}: ')}"
+            report.problems.append(sentence)
             continue
-        seen.add(example["id"])
         report.masks += len(example["masks"])
         report.attributes[example["attribute"]] += 1
         if index % every == 0 and len(report.shown) < sheet_size:
@@ -81,13 +103,14 @@ def contact_sheet(examples: list[dict]) -> Image.Image:
     for number, example in enumerate(examples):
         left, top = number % columns * CELL, number // columns * (CELL + TEXT_HEIGHT)
         segments = [
-            {"mask": Image.fromarray(coco_mask.decode(rle) * 255), "label": str(place + 1), "score": 1.0}
+            {"mask": Image.fromarray(decode_mask(rle)), "label": str(place + 1), "score": 1.0}
             for place, rle in enumerate(example["masks"])
         ]
         picture = draw_overlay(example["image"], segments)
         picture.thumbnail((CELL - 8, CELL - 8))
         sheet.paste(picture, (left + 4, top + 4))
         for line, text in enumerate((example["query"], "> " + example["answer"])):
+            text = " ".join(text.split())
             while text and font.getlength(text) > CELL - 8:
                 text = text[:-2]
             pen.text((left + 4, top + CELL + line * (FONT_SIZE + 4)), text, fill="black", font=font)
@@ -99,16 +122,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", help="the JSONL file")
     parser.add_argument("--sheet", help="where to write the contact sheet, such as sheet.png")
     parser.add_argument("--count", type=int, default=12, help="examples on the contact sheet")
+    parser.add_argument("--model", help="the checkpoint to be trained; by default the bundled one")
+    parser.add_argument("--max_length", type=int, help="as in training: cut what is longer")
     options = parser.parse_args(argv)
-    if options.count < 1:
-        parser.error(f"--count must be at least 1, got {options.count}")
+    for name in ("count", "max_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parse(argv)
     try:
-        report = check_data(options.file, options.count)
+        processor = UGroundProcessor.from_pretrained(options.model or tiny_checkpoint())
+        report = check_data(options.file, options.count, False, processor, options.max_length)
         if options.sheet and report.shown:
             contact_sheet(report.shown).save(options.sheet)
     except (OSError, ValueError) as error:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
 from uground.processing.prompt_format import PromptFormat
+from uground.training.data.masks import decode_mask
 
 IGNORED_LABEL = -100
 # Of a batch, what the trainer keeps to itself; the model takes the rest.
@@ -73,14 +73,7 @@ class GroundingCollator:
         examples = [(image, example) for image, group in enumerate(groups) for example in group]
         for _, example in examples:
             self._check(example)
-        batch = dict(
-            self.processor(
-                [item["image"] for item in items],
-                [[self.prompt(example) for example in group] for group in groups],
-                answers=[[example["answer"] for example in group] for group in groups],
-                max_length=None if self.max_length is None else np.iinfo(np.int64).max,
-            )
-        )
+        batch = self._encode([item["image"] for item in items], groups)
         kept = self._rows(batch, examples)
         images, masks, valid, keys = [], [], [], []
         for count, (image, example) in zip(kept, examples, strict=True):
@@ -100,6 +93,39 @@ class GroundingCollator:
             "segment_keys": torch.tensor(keys, dtype=torch.long),
             "example_ids": [str(example["id"]) for _, example in examples],
         }
+
+    def check(self, item: dict) -> None:
+        """
+        Refuse an item that no batch may hold, as training does and with the same sentence.
+
+        Raises:
+            OSError, ValueError: see the class.
+        """
+        self([item])
+
+    def _encode(self, images: list, groups: list[list[dict]]) -> dict:
+        """What the processor makes of images and the examples about each; its errors name the example."""
+        try:
+            return self._processed(images, groups)
+        except (OSError, ValueError):
+            for image, group in zip(images, groups, strict=True):
+                for example in group:
+                    try:
+                        self._processed([image], [[example]])
+                    except (OSError, ValueError) as error:
+                        kind = OSError if isinstance(error, OSError) else ValueError
+                        raise kind(f"example {example['id']}: {error}") from error
+            raise
+
+    def _processed(self, images: list, groups: list[list[dict]]) -> dict:
+        return dict(
+            self.processor(
+                images,
+                [[self.prompt(example) for example in group] for group in groups],
+                answers=[[example["answer"] for example in group] for group in groups],
+                max_length=None if self.max_length is None else np.iinfo(np.int64).max,
+            )
+        )
 
     def _check(self, example: dict) -> None:
         answers = [turn["answer"] for turn in example.get("history") or []] + [example["answer"]]
@@ -188,11 +214,12 @@ class GroundingCollator:
 
     @staticmethod
     def _decode(rle: dict, size: tuple[int, int], example: dict) -> np.ndarray:
-        if tuple(rle["size"]) != size:
+        mask = decode_mask(rle, f"example {example['id']}: a mask")
+        if mask.shape != size:
             raise ValueError(
-                f"example {example['id']}: a mask has size {tuple(rle['size'])}, expected that of the image, {size}"
+                f"example {example['id']}: a mask has size {mask.shape}, expected that of the image, {size}"
             )
-        return coco_mask.decode(rle).astype(bool)
+        return mask
 
     def _valid(self, example: dict, size: tuple[int, int]) -> np.ndarray:
         """Pixels that count: all but the example's ignore region."""

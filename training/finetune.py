@@ -16,6 +16,7 @@ from trl import TrlParser
 
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.training.adapters import lora_config, quantization_config, with_adapter, with_saved_adapter
+from uground.training.collator import GroundingCollator
 from uground.training.data import scene_dataset
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import prepared_dataset
@@ -104,8 +105,12 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
     return source, {"prepared": known_as, "split": named_split or split, "rows": len(source)}
 
 
-def training_data(arguments: FinetuneArguments, seed: int) -> tuple[object, Mixture | None, dict]:
-    """The training dataset, the mixture behind it if there is one, and what it is, as plain JSON."""
+def training_data(arguments: FinetuneArguments, seed: int, check=None) -> tuple[object, Mixture | None, dict]:
+    """
+    The training dataset, the mixture behind it if there is one, and what it is, as plain JSON.
+
+    `check` raises for an item that a batch cannot hold, see [`Mixture`].
+    """
     opened = [open_source(name, arguments) for name in arguments.train_data]
     record = {"data": [record for _, record in opened]}
     if arguments.train_data == [SCENES] and arguments.epoch_size is None:
@@ -116,6 +121,7 @@ def training_data(arguments: FinetuneArguments, seed: int) -> tuple[object, Mixt
         arguments.epoch_size,
         seed,
         arguments.on_bad_sample,
+        check,
     )
     record |= {"train_weights": arguments.train_weights, "items per epoch": len(mixture)}
     return mixture.dataset(), mixture, record
@@ -166,7 +172,8 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         OSError: something cannot be read.
     """
     model, processor = load_model(arguments)
-    dataset, mixture, record = training_data(arguments, config.seed)
+    collator = GroundingCollator(processor, config.loss_size, max_length=config.max_length)
+    dataset, mixture, record = training_data(arguments, config.seed, collator.check)
     eval_name = arguments.eval_data or (SCENES if arguments.eval_scene_count else None)
     eval_dataset = None
     if eval_name is not None:

@@ -1,6 +1,6 @@
 """Several sources of data as one, with sampling weights, drawn anew in each epoch, and a policy for what is broken."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class Mixture:
         epoch_size: items per epoch; by default as many as the sources have together.
         seed: of the order.
         on_bad_sample: `"fail"` at a broken item, or `"skip"`: log it, count it and take the source's next one.
+        check: raises `OSError` or `ValueError` for an item that a batch cannot hold, as `GroundingCollator.check`
+            does; asked only where such an item can still be skipped.
 
     Raises:
         ValueError: an argument does not fit; see the sentence.
@@ -44,6 +46,7 @@ class Mixture:
         epoch_size: int | None = None,
         seed: int = 0,
         on_bad_sample: str = "fail",
+        check: Callable[[dict], None] | None = None,
     ):
         weights = [float(len(source)) for source in sources] if weights is None else list(weights)
         if len(weights) != len(sources) or not sources:
@@ -53,6 +56,7 @@ class Mixture:
         if on_bad_sample not in BAD_SAMPLE_POLICIES:
             raise ValueError(f"on_bad_sample must be one of {BAD_SAMPLE_POLICIES}, got {on_bad_sample!r}")
         self.sources, self.seed, self.on_bad_sample = list(sources), seed, on_bad_sample
+        self.check = check if on_bad_sample == "skip" else None
         self.size = sum(map(len, sources)) if epoch_size is None else epoch_size
         if self.size < 1:
             raise ValueError(f"an epoch must hold at least 1 item, got {self.size}")
@@ -100,9 +104,7 @@ class Mixture:
         source, item = self.sources[self._plan[1][index]], int(self._plan[2][index])
         for attempt in range(TRIES):
             try:
-                found = dict(source[(item + attempt) % len(source)])
-                found["image"] = read_image(found["image"], "the image")
-                return found
+                return self._read(source, (item + attempt) % len(source))
             except (OSError, ValueError) as error:
                 if self.on_bad_sample == "fail":
                     raise
@@ -110,6 +112,13 @@ class Mixture:
                 logger.warning(f"a bad sample is skipped: {error}")
                 last = error
         raise ValueError(f"{TRIES} samples in a row are bad, the last one because: {last}")
+
+    def _read(self, source, item: int) -> dict:
+        found = dict(source[item])
+        found["image"] = read_image(found["image"], f"the image of {found.get('id', f'item {item}')}")
+        if self.check is not None:
+            self.check(found)
+        return found
 
     def __call__(self, rows: dict) -> dict:
         """As a transform of a `datasets.Dataset` of places."""

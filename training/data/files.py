@@ -7,10 +7,19 @@ import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from uground.processing.image_reading import read_image
+from uground.processing.image_reading import picture_errors, read_image
+from uground.processing.text_lines import looks_wide
 
+ORIENTATION_TAG, TIFF_SIZE_TAGS = 0x0112, (256, 257)
+# Of the EXIF orientations that lie on their side, what turns the upright picture back.
+UNTURN = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 # Names in an error message; more would hide the sentence.
 NAMES_SHOWN = 10
 # What a pickle of plain data may name. `_codecs.encode` and the like stay out: they are calls.
@@ -42,7 +51,7 @@ def read_pickle(path: Path):
     try:
         # Python 2 wrote its byte strings without an encoding; what is no UTF-8 is shown as such, not lost silently.
         return _PlainUnpickler(io.BytesIO(data), encoding="utf-8", errors="replace").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # bytes that are no pickle lead to errors of any kind
         raise ValueError(
             f"{path} must be a whole pickle of plain containers, numbers and strings, but {_reason(error)}"
         ) from error
@@ -58,17 +67,19 @@ def read_json(path: Path):
 
     Raises:
         OSError: the file is missing.
-        ValueError: it is no JSON or is cut off.
+        ValueError: it is no JSON, is cut off, or is nested too deep.
     """
     data = path.read_bytes()
+    if looks_wide(data):
+        raise ValueError(f"{path} looks like UTF-16 or UTF-32, expected JSON in UTF-8; save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("cp1252", errors="replace")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be a whole JSON file, but {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a whole JSON file, but {_reason(error)}") from error
 
 
 def checked_root(root: str | os.PathLike | None, dataset: str) -> Path:
@@ -133,18 +144,20 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Height and width of a picture, read off its header, turned as its EXIF orientation says.
 
     Raises:
-        OSError: the file is missing or no picture.
+        OSError: the file is missing or no picture. ValueError: it has more pixels than Pillow decodes.
     """
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            # Orientations 5 to 8 lie on their side.
-            turned = picture.getexif().get(0x0112, 1) >= 5
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the image {path} does not exist") from None
-    except OSError as error:
-        raise OSError(f"the image {path} cannot be read: {_reason(error)}") from error
+    with picture_errors(f"the image {path}"), Image.open(path) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF":
+            # Pillow turns the size of these, but not the pixels until they are read.
+            width, height = (picture.tag_v2[tag] for tag in TIFF_SIZE_TAGS)
+        turned = _orientation(picture) in UNTURN
     return (width, height) if turned else (height, width)
+
+
+def _orientation(picture: Image.Image):
+    """EXIF orientation of a picture; of a TIFF only until its pixels are read."""
+    return picture.getexif().get(ORIENTATION_TAG, 1)
 
 
 def open_image(image, size: tuple[int, int] | None, name: str) -> Image.Image:
@@ -161,24 +174,27 @@ def open_image(image, size: tuple[int, int] | None, name: str) -> Image.Image:
 
     Raises:
         OSError: the file is missing or unreadable.
-        ValueError: the picture does not have the size of the masks, upright or as stored.
+        ValueError: the picture does not have the size of the masks, upright or as stored, or has more pixels than
+            Pillow decodes.
     """
+    orientation = None
     if isinstance(image, dict):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image.get("path")
     if isinstance(image, io.BytesIO):
-        try:
+        with picture_errors(f"{name}: its image"):
             image = Image.open(image)
-        except OSError as error:
-            raise OSError(f"{name}: its image cannot be read: {_reason(error)}") from error
+    if isinstance(image, Image.Image):
+        with picture_errors(f"{name}: its image"):
+            orientation = _orientation(image)
     upright = read_image(image, f"the image of {name}")
     if size is None or (upright.height, upright.width) == tuple(size):
         return upright
-    stored = image if isinstance(image, Image.Image) else Image.open(image)
+    if orientation is None:
+        with picture_errors(f"{name}: its image"), Image.open(image) as stored:
+            orientation = _orientation(stored)
     # Tools that ignore EXIF annotate the stored pixels.
-    if (stored.height, stored.width) == tuple(size) and ImageOps.exif_transpose(stored).size != stored.size:
-        unturned = Image.new("RGB", stored.size)
-        unturned.paste(stored.convert("RGB"))
-        return unturned
+    if orientation in UNTURN and upright.size == tuple(size):
+        return upright.transpose(UNTURN[orientation])
     raise ValueError(
         f"{name}: masks of {size[0]}x{size[1]} pixels do not fit its image of {upright.height}x{upright.width} "
         "(height x width)"

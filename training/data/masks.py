@@ -72,11 +72,11 @@ def check_size(size, name: str) -> tuple[int, int]:
         ValueError: they are no whole numbers of pixels, or more than any picture has; the sentence begins with `name`.
     """
     is_pair = isinstance(size, (list, tuple, np.ndarray)) and len(size) == 2
-    if not is_pair or not all(_is_whole(side) and side >= 1 for side in size):
-        raise ValueError(f"{name}: a size must be whole numbers of pixels, [height, width], got {_shown(size)}")
+    if not is_pair or not all(is_whole(side) and side >= 1 for side in size):
+        raise ValueError(f"{name}: a size must be whole numbers of pixels, [height, width], got {shown(size)}")
     if max(size) > MOST_SIDE or size[0] * size[1] > MOST_PIXELS:
         raise ValueError(
-            f"{name}: a size may be at most {MOST_SIDE} pixels a side and {MOST_PIXELS} in all, got {_shown(size)}"
+            f"{name}: a size may be at most {MOST_SIDE} pixels a side and {MOST_PIXELS} in all, got {shown(size)}"
         )
     return int(size[0]), int(size[1])
 
@@ -97,21 +97,21 @@ def read_runs(rle: dict, name: str) -> tuple[tuple[int, int], np.ndarray]:
         ValueError: it is anything else, or its runs do not add up to H·W pixels.
     """
     if not isinstance(rle, Mapping) or not {"size", "counts"} <= set(rle):
-        got = sorted(map(str, rle)) if isinstance(rle, Mapping) else _shown(rle)
+        got = sorted(map(str, rle)) if isinstance(rle, Mapping) else shown(rle)
         raise ValueError(f"{name}: an RLE must have size and counts, got {got}")
     size, counts = check_size(rle["size"], name), rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = _decompress(counts, name)
-    elif not isinstance(counts, (list, tuple, np.ndarray)) or not all(map(_is_whole, counts)):
-        raise ValueError(f"{name}: the counts of an RLE must be whole numbers or a text, got {_shown(counts)}")
+    elif not isinstance(counts, (list, tuple, np.ndarray)) or not all(map(is_whole, counts)):
+        raise ValueError(f"{name}: the counts of an RLE must be whole numbers or a text, got {shown(counts)}")
     pixels, least, most = size[0] * size[1], min(counts, default=0), max(counts, default=0)
     if least < 0:
-        raise ValueError(f"{name}: a run of an RLE must be at least 0 pixels long, got {_shown(least)}")
+        raise ValueError(f"{name}: a run of an RLE must be at least 0 pixels long, got {shown(least)}")
     # A sum of longer runs might leave 64 bits.
     total = most if most > pixels else sum(map(int, counts))
     if total != pixels:
         raise ValueError(
-            f"{name}: its RLE counts {_shown(total)} pixels{' in one run' * (most > pixels)}, expected {pixels} as in "
+            f"{name}: its RLE counts {shown(total)} pixels{' in one run' * (most > pixels)}, expected {pixels} as in "
             "the image"
         )
     runs = np.array(counts, dtype=np.int64)
@@ -124,7 +124,7 @@ def _decompress(counts: str | bytes, name: str) -> list[int]:
     codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - FIRST_CHARACTER
     last = codes & MORE == 0
     if not codes.size or codes.min() < 0 or codes.max() >= 2 * MORE or not last[-1]:
-        raise ValueError(f"{name}: the counts of an RLE must be compressed as COCO does, got {_shown(counts)}")
+        raise ValueError(f"{name}: the counts of an RLE must be compressed as COCO does, got {shown(counts)}")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
@@ -238,11 +238,11 @@ def flat_polygon(ring, size: tuple[int, int], name: str) -> list[float]:
             side, or the outline is longer than any that was drawn.
     """
     if not isinstance(ring, (list, tuple)):
-        raise ValueError(f"{name}: a polygon must be a list of numbers x, y, x, y, …, got {_shown(ring)}")
+        raise ValueError(f"{name}: a polygon must be a list of numbers x, y, x, y, …, got {shown(ring)}")
     are_pairs = all(isinstance(part, (list, tuple)) and len(part) == 2 for part in ring)
     numbers = [number for part in ring for number in part] if are_pairs else list(ring)
-    if len(numbers) % 2 or not all(isinstance(number, Real) and not _is_truth(number) for number in numbers):
-        raise ValueError(f"{name}: a polygon must be x, y pairs of numbers, got {len(numbers)} values: {_shown(ring)}")
+    if len(numbers) % 2 or not all(map(is_number, numbers)):
+        raise ValueError(f"{name}: a polygon must be x, y pairs of numbers, got {len(numbers)} values: {shown(ring)}")
     height, width = size
     margin = max(size)
     for x, y in zip(numbers[::2], numbers[1::2], strict=True):
@@ -250,7 +250,7 @@ def flat_polygon(ring, size: tuple[int, int], name: str) -> list[float]:
             raise ValueError(f"{name}: the numbers of a polygon must be finite, got the point ({x}, {y})")
         if not (-margin <= x <= width + margin and -margin <= y <= height + margin):
             raise ValueError(
-                f"{name}: the polygon's point ({_shown(x)}, {_shown(y)}) lies far outside of the image, which is "
+                f"{name}: the polygon's point ({shown(x)}, {shown(y)}) lies far outside of the image, which is "
                 f"{width} wide and {height} high"
             )
     corners = np.array(numbers, dtype=float).reshape(-1, 2)
@@ -275,12 +275,18 @@ def _is_truth(number) -> bool:
     return isinstance(number, (bool, np.bool_))
 
 
-def _is_whole(number) -> bool:
+def is_number(number) -> bool:
+    """Whether this is a real number, and no truth value."""
+    return isinstance(number, Real) and not _is_truth(number)
+
+
+def is_whole(number) -> bool:
+    """Whether this is a whole number, and no truth value."""
     return isinstance(number, Integral) and not _is_truth(number)
 
 
-def _shown(value) -> str:
-    """What was got, for an error message: the beginning of it, however long or deep it is."""
+def shown(value) -> str:
+    """The beginning of what was got, for an error message, however long or deep it is."""
     return reprlib.repr(value)
 
 
