@@ -200,8 +200,12 @@ BAD = {
     "queries": ([], {"queries": "nothing.txt"}, "nothing.txt"),
     "no queries": ([], {"queries": "blank.txt"}, "holds no queries"),
     "no json": ([], {"queries": "bad.jsonl"}, "bad.jsonl:1: the line must be JSON"),
-    "no query": ([], {"queries": "none.jsonl"}, 'line 2 of .*must hold "image" and "query" or "queries"'),
-    "stranger": ([], {"queries": "stranger.jsonl"}, "stranger.jsonl:1: the line asks about the image '9.png', which is not in"),
+    "no query": ([], {"queries": "none.jsonl"}, 'none.jsonl:2: the line must hold "image" and "query" or "queries"'),
+    "stranger": (
+        [],
+        {"queries": "stranger.jsonl"},
+        "stranger.jsonl:1: the line asks about the image '9.png', which is not in",
+    ),
 }
 
 

@@ -172,9 +172,11 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     if splits:
         if split not in splits:
             raise ValueError(f"the prepared dataset {name} has no split {split!r}; it has: {', '.join(splits)}")
-        counts = [open_parquet(path).metadata.num_rows for path in splits[split]]
-        data = _loaded(name, "parquet", data_files={split: splits[split]}, split=split)
-        names, starts = splits[split], np.cumsum([0, *counts[:-1]]).tolist()
+        counts = {path: open_parquet(path).metadata.num_rows for path in splits[split]}
+        # `datasets` stumbles over a file without rows.
+        names = [path for path, count in counts.items() if count]
+        starts = np.cumsum([0, *(counts[path] for path in names[:-1])]).tolist()
+        data = _loaded(name, "parquet", data_files={split: names}, split=split) if names else []
     elif is_prepared(name):
         data = _hub_dataset(os.fspath(name), split)
         names, starts = [f"{name}, split {split!r}"], [0]
@@ -183,11 +185,11 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
             f"{name} holds no prepared dataset (data/SPLIT-*.parquet, as uground.training.data.prepare writes it), "
             "and is no id of a dataset on the Hub (USER/NAME)"
         )
+    if not len(data):
+        raise ValueError(f"split {split!r} of {name} holds no rows")
     absent = [column for column in FEATURES if column not in data.column_names]
     if absent:
         raise ValueError(f"split {split!r} of {name} lacks the columns {', '.join(absent)} of the common schema")
-    if not len(data):
-        raise ValueError(f"split {split!r} of {name} holds no rows")
     try:
         data = data.cast_column("image", Image(decode=False))
     except (pa.ArrowException, TypeError, ValueError) as error:

@@ -79,7 +79,7 @@ class Record:
         found = {}
         for record in self.records(key, label):
             number = record.key("id")
-            found[number] = Record(record.value, f"{self.name} {label} {number}")
+            found[number] = Record(record.value, f"{self.name} {label} {shown(number)}")
         return found
 
     def size(self) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uground.training.data.files import checked_root, first_existing, read_json, read_pickle, require, require_images
-from uground.training.data.masks import is_empty, read_mask, union_mask
+from uground.training.data.masks import is_empty, read_mask, shown, union_mask
 from uground.training.data.records import Record, checked_key, records
 from uground.training.data.samples import NO_AREA, NO_TARGET, NO_WORDS, Sample, Skipped
 
@@ -94,9 +94,17 @@ def read_refer(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
     for reference in chosen:
         image_id = reference.key("image_id")
         if image_id not in images:
-            raise ValueError(f"{reference.name} is about image {image_id}, which {instances_file} does not list")
+            raise ValueError(
+                f"{reference.name} is about image {shown(image_id)}, which {instances_file} does not list"
+            )
         paths[image_id] = _image_path(folders, images[image_id].filled_text("file_name"))
     require_images(dataset, root, paths.values())
+    for reference in chosen:
+        for number in _object_ids(reference):
+            if number not in annotations:
+                raise ValueError(
+                    f"{reference.name} names annotation {shown(number)}, which does not exist in {instances_file}"
+                )
     return _samples(dataset, split, layout.attribute, chosen, images, annotations, paths)
 
 
@@ -105,7 +113,7 @@ def _references(dataset: str, path: Path, split: str) -> list[Record]:
     content = read_json(path) if path.suffix == ".json" else read_pickle(path)
     references = []
     for reference in records(content, str(path), "reference number"):
-        references.append(Record(reference.value, f"{path} reference {reference.key('ref_id')}"))
+        references.append(Record(reference.value, f"{path} reference {shown(reference.key('ref_id'))}"))
     chosen = [reference for reference in references if _belongs(reference.text("split"), split)]
     if not chosen:
         found = ", ".join(sorted({reference.text("split") for reference in references})) or "none at all"
@@ -132,7 +140,8 @@ def _samples(dataset, split, attribute, references, images, annotations, paths) 
         image_id, ref_id = reference.key("image_id"), reference.key("ref_id")
         size = images[image_id].size()
         ids = _object_ids(reference)
-        mask = _target(reference, ids, annotations, size)
+        masks = [read_mask(annotations[key].take("segmentation"), size, annotations[key].name) for key in ids]
+        mask = union_mask(masks, size)
         sentences = reference.records("sentences", "sentence")
         if not sentences:
             yield Skipped(reference.name, NO_WORDS)
@@ -168,13 +177,3 @@ def _object_ids(reference: Record) -> list[int | str]:
     ids = ids if isinstance(ids, (list, tuple)) else [ids]
     ids = [checked_key(number, f"{reference.name}: ann_id") for number in ids]
     return [number for number in ids if number != -1]
-
-
-def _target(reference: Record, ids: list[int | str], annotations: dict, size: tuple[int, int]) -> dict:
-    """The union of the objects a reference is about."""
-    masks = []
-    for number in ids:
-        if number not in annotations:
-            raise ValueError(f"{reference.name} names annotation {number}, which does not exist")
-        masks.append(read_mask(annotations[number].take("segmentation"), size, annotations[number].name))
-    return union_mask(masks, size)

@@ -15,7 +15,7 @@ from PIL import Image
 from uground.processing.image_reading import picture_errors
 from uground.training.data.class_names import ADE20K, COCO_STUFF
 from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
-from uground.training.data.masks import encode_mask, is_empty, read_mask, union_mask
+from uground.training.data.masks import encode_mask, is_empty, read_mask, shown, union_mask
 from uground.training.data.records import Record
 from uground.training.data.samples import NO_AREA, NO_NAME, Sample, Skipped
 
@@ -172,9 +172,9 @@ def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample | Skipped
     for annotation in content.keyed_records("annotations", "annotation").values():
         image, category = annotation.key("image_id"), annotation.key("category_id")
         if image not in images:
-            raise ValueError(f"{annotation.name} is about image {image}, which {path} does not list")
+            raise ValueError(f"{annotation.name} is about image {shown(image)}, which {path} does not list")
         if category not in names:
-            raise ValueError(f"{annotation.name} is of category {category}, which {path} does not list")
+            raise ValueError(f"{annotation.name} is of category {shown(category)}, which {path} does not list")
         grouped.setdefault(image, {}).setdefault(category, []).append(annotation)
     require_images(dataset, root, [folder / images[image].filled_text("file_name") for image in grouped])
     return _part_samples(dataset, split, grouped, images, names, folder)
