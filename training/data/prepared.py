@@ -286,7 +286,8 @@ def checked_answer(record: Record) -> list[Record]:
     """
     for key in ("query", "answer", "attribute"):
         record.filled_text(key)
-    masks, phrases = record.records("masks", "mask"), record.texts("phrases")
+    masks = [Record(mask, f"{record.name}: mask {i}") for i, mask in enumerate(record.items("masks"), start=1)]
+    phrases = record.texts("phrases")
     expected = record.value["answer"].count(SEGMENT)
     if len(masks) != expected:
         raise ValueError(f"{record.name} must have one mask per {SEGMENT}, got {len(masks)} for {expected}")
