@@ -16,19 +16,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as parquet
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from uground.hub.command import run_command
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.publish import listing
-from uground.training.data.prepared import FEATURES, prepared_splits, write_prepared
+from uground.training.data.prepared import (
+    FEATURES,
+    checked_answer,
+    checked_example,
+    open_parquet,
+    parquet_rows,
+    prepared_splits,
+    write_prepared,
+)
+from uground.training.data.records import Record
 from uground.training.scenes import SPLITS, scenes
 
 SCENES = "scenes"
-SEGMENT_TOKEN = "[SEG]"
-ROWS = 64
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 COLUMN_NOTES = {
     "id": "name of the example",
@@ -66,12 +72,8 @@ def count_attributes(folder: str | os.PathLike) -> dict[str, Counter]:
     counts = {}
     for split, files in splits.items():
         counts[split] = Counter()
-        for row in _rows(files, ["id", "answer", "masks", "attribute"]):
-            if row["answer"].count(SEGMENT_TOKEN) != len(row["masks"]):
-                raise ValueError(
-                    f"example {row['id']!r} of split {split!r} must have one mask per {SEGMENT_TOKEN}, got "
-                    f"{len(row['masks'])} for {row['answer'].count(SEGMENT_TOKEN)}"
-                )
+        for name, row in _rows(files, ["id", "query", "answer", "phrases", "masks", "attribute"]):
+            checked_answer(Record(row, f"{name}, {row['id']}"))
             counts[split][row["attribute"]] += 1
         if not counts[split]:
             raise ValueError(f"the split {split!r} of {os.fspath(folder)!r} is empty")
@@ -139,7 +141,7 @@ def staged_data(source: str | os.PathLike, repo_id: str, license: str | None = N
     with tempfile.TemporaryDirectory(prefix="uground-publish-") as made:
         for split, files in prepared_splits(source).items():
             rows = tqdm(_rows(files, list(FEATURES)), desc=split, unit=" examples")
-            write_prepared(map(_with_picture, rows), made, split, embed=True)
+            write_prepared((_with_picture(name, row) for name, row in rows), made, split, embed=True)
         card.save(Path(made) / "README.md")
         yield Path(made)
 
@@ -194,22 +196,24 @@ def publish_data(
         return commit_files(folder, repo_id, token, "Publish dataset with uground", private, repo_type="dataset")
 
 
-def _rows(files: list[str], columns: list[str]) -> Iterator[dict]:
+def _rows(files: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
+    """Rows, and what to call each in messages."""
     for file in files:
-        table = parquet.ParquetFile(file)
-        absent = [name for name in columns if name not in table.schema_arrow.names]
+        held = open_parquet(file).schema_arrow.names
+        absent = [name for name in columns if name not in held]
         if absent:
             raise ValueError(f"{file} lacks the columns {', '.join(absent)} of a prepared dataset")
-        for batch in table.iter_batches(ROWS, columns=columns):
-            yield from batch.to_pylist()
+        for number, row in enumerate(parquet_rows(file, columns)):
+            yield f"{file} row {number}", row
 
 
-def _with_picture(row: dict) -> dict:
-    """The row with its picture's file inside, and no path that only means something here."""
-    image = row["image"]
+def _with_picture(name: str, row: dict) -> dict:
+    """The row with its picture's file inside, and no path that only means something here; all of it is checked."""
+    image = row["image"] or {}
     path = Path(image["path"]) if image.get("path") else None
     if image.get("bytes") is None and (path is None or not path.is_file()):
-        raise FileNotFoundError(f"the picture of example {row['id']!r} is gone: {path}")
+        raise FileNotFoundError(f"{name}: the picture of example {row['id']!r} is gone: {path}")
+    checked_example(row, name)
     content = image["bytes"] if image.get("bytes") is not None else path.read_bytes()
     return {**row, "image": {"bytes": content, "path": path.name if path else None}}
 

@@ -10,12 +10,11 @@ row.
 
 The images are cut into shards of --shard-size, each written at once as `part-NNNNNNNN.parquet`, one row per image and
 query. After an interruption the same command, on any number of processes, goes on with the shards that are missing.
-An image that cannot be read is recorded in the column `error`.
+An image that cannot be read, or a query that cannot be asked, is recorded in the column `error`.
 """
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -23,15 +22,15 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as parquet
 import torch
 import transformers
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -39,11 +38,17 @@ from transformers import AutoModel, AutoProcessor
 
 from uground import tiny_checkpoint
 
+from .annotation_inputs import ImageSource, one_line, open_source, read_queries
+from .image_reading import read_image
 from .job_processes import job_state
-from .pipeline_uground import ReferringSegmentationPipeline
+from .pipeline_uground import ReferringSegmentationPipeline, is_out_of_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SETTINGS_FILE = "annotate.json"
+LAYER_RULES = ("argmax", "last", "sample", "mc")
+# Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.
+SETTINGS_FILE, EARLIER_SETTINGS_FILE = ".annotate.json", "annotate.json"
+# Failures in the closing line, and characters of each.
+FAILURES_SHOWN, REASON_SHOWN = 5, 200
 SEGMENT = pa.struct(
     [
         ("label", pa.string()),
@@ -65,112 +70,6 @@ ROW = pa.schema(
 )
 
 
-class ImageSource:
-    """
-    Numbered images, read one by one.
-
-    Attributes:
-        ids: what each is called in the output.
-        read: fetches what the pipeline takes as an image; raises `OSError` or `ValueError` for a bad one.
-    """
-
-    def __init__(self, ids: Sequence[str], read: Callable[[int], object]):
-        self.ids, self.read = list(ids), read
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def open_source(path: str, split: str | None = None, image_column: str = "image") -> ImageSource:
-    """
-    Images of a folder, a file, a saved dataset or the Hub.
-
-    Raises:
-        OSError: there is no such thing.
-        ValueError: it holds no images.
-    """
-    place = Path(path)
-    if place.is_file():
-        return ImageSource([place.name], lambda _: path)
-    if place.is_dir():
-        if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _dataset_source(load_from_disk(path), path, split, image_column)
-        endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in endings and file.is_file())
-        if not files:
-            raise ValueError(f"--input {path} holds no images")
-        return ImageSource([file.relative_to(place).as_posix() for file in files], lambda number: str(files[number]))
-    if place.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise FileNotFoundError(f"--input {path} does not exist")
-    return _dataset_source(load_dataset(path, split=split), path, split, image_column)
-
-
-def _dataset_source(data: Dataset | DatasetDict, name: str, split: str | None, column: str) -> ImageSource:
-    if isinstance(data, DatasetDict):
-        if split is None or split not in data:
-            raise ValueError(f"--split must be one of {', '.join(data)} for {name}, got {split!r}")
-        data = data[split]
-    if column not in data.column_names:
-        raise ValueError(f"--image-column must be one of {', '.join(data.column_names)}, got {column!r}")
-    # Undecoded, so that a broken image shows when it is its turn, and in the thread that reads it.
-    data = data.cast_column(column, ImageFeature(decode=False))
-    ids = [str(value) for value in data["id"]] if "id" in data.column_names else [str(i) for i in range(len(data))]
-
-    def read(number: int):
-        entry = data[number][column]
-        if entry is None:
-            raise ValueError("there is no image")
-        if entry["bytes"] is None:
-            return entry["path"]
-        try:
-            picture = Image.open(io.BytesIO(entry["bytes"]))
-            picture.load()
-        except (OSError, SyntaxError) as error:
-            raise OSError(f"the image cannot be read: {error}") from error
-        return picture
-
-    return ImageSource(ids, read)
-
-
-def read_queries(path: str, ids: Sequence[str]) -> list[list[str]]:
-    """
-    Queries per image, in the order of `ids`; an empty list where nothing is asked.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no queries, a line is none, or it names an image that is not there.
-    """
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    if Path(path).suffix != ".jsonl":
-        queries = [line.strip() for line in lines if line.strip()]
-        if not queries:
-            raise ValueError(f"--queries {path} holds no queries")
-        return [queries] * len(ids)
-    asked: dict[str, list[str]] = {image: [] for image in ids}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        image, queries = _read_line(line, f"line {number} of {path}")
-        if image not in asked:
-            raise ValueError(f"line {number} of {path} asks about the image {image!r}, which is not in --input")
-        asked[image] += queries
-    if not any(asked.values()):
-        raise ValueError(f"--queries {path} holds no queries")
-    return [asked[image] for image in ids]
-
-
-def _read_line(line: str, place: str) -> tuple[str, list[str]]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} must be JSON, but {error}") from error
-    queries = entry.get("queries", [entry.get("query")]) if isinstance(entry, dict) else None
-    is_listed = isinstance(queries, list) and all(isinstance(query, str) and query.strip() for query in queries)
-    if not is_listed or "image" not in entry:
-        raise ValueError(f'{place} must hold "image" and "query" or "queries", got {line.strip()[:100]}')
-    return str(entry["image"]), queries
-
-
 def prefetch(numbers: Sequence[int], prepare: Callable[[int], object], ahead: int) -> Iterator:
     """`prepare(number)` of each number in order, at most `ahead` of them computed or waiting at any time."""
     waiting: deque = deque()
@@ -185,6 +84,24 @@ def prefetch(numbers: Sequence[int], prepare: Callable[[int], object], ahead: in
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """
+    An image on its way to the model.
+
+    Attributes:
+        number: of the image.
+        places: of those of its queries that can be asked.
+        tensors: what the pipeline made of image and queries; None without queries.
+        errors: why the others cannot be asked, by place.
+    """
+
+    number: int
+    places: list[int]
+    tensors: dict | None
+    errors: dict[int, str]
 
 
 class Annotator:
@@ -202,20 +119,29 @@ class Annotator:
     def __init__(self, pipe, source: ImageSource, queries: list[list[str]], folder: Path, batch_size: int, ahead: int):
         self.pipe, self.source, self.queries, self.folder = pipe, source, queries, folder
         self.batch_size, self.ahead = batch_size, max(ahead, 1)
+        self.answered, self.refusal = 0, None
 
     def write_shard(self, shard: int, numbers: Sequence[int], progress) -> None:
-        """Ask about the images of these numbers; the file of the shard appears whole or not at all."""
+        """
+        Ask about the images of these numbers; the file of the shard appears whole or not at all.
+
+        Raises:
+            ValueError: the model has answered nothing so far, and refuses all there is: this is no matter of an image.
+            MemoryError: not even a part of a batch fits into memory.
+        """
         rows, batch = [], []
-        for number, item, error in prefetch(numbers, self._prepare, self.ahead):
-            if error is None:
-                batch.append((number, item))
-            else:
-                rows += [self._row(number, place, error=error) for place in range(len(self.queries[number]))]
+        for image in prefetch(numbers, self._prepare, self.ahead):
+            rows += [self._row(image.number, place, error=error) for place, error in image.errors.items()]
+            if image.tensors is None:
                 progress.update()
+            else:
+                batch.append(image)
             if len(batch) == self.batch_size:
-                rows += self._ask(batch, progress)
+                rows += self._ask_all(batch, progress)
                 batch = []
-        rows += self._ask(batch, progress) if batch else []
+        rows += self._ask_all(batch, progress) if batch else []
+        if self.refusal is not None and not self.answered:
+            raise ValueError(f"the model answers nothing: {self.refusal}")
         order = {number: place for place, number in enumerate(numbers)}
         rows.sort(key=lambda row: (order[row["number"]], row["query_index"]))
         table = pa.Table.from_pylist([{name: row[name] for name in ROW.names} for row in rows], schema=ROW)
@@ -223,33 +149,78 @@ class Annotator:
         parquet.write_table(table, partial)
         partial.replace(shard_path(self.folder, shard))
 
-    def _prepare(self, number: int):
-        """An image and its queries as tensors, or why they cannot be."""
+    def _prepare(self, number: int, places: Sequence[int] | None = None) -> PreparedImage:
+        """An image with its queries, or with those at some places."""
+        places = range(len(self.queries[number])) if places is None else places
         try:
-            item = {"image": self.source.read(number), "text": self.queries[number]}
-            return number, self.pipe.preprocess(item), None
-        except (OSError, ValueError) as error:
-            return number, None, " ".join(str(error).split())
+            picture = read_image(self.source.read(number))
+        except Exception as error:  # a broken file leads decoders to errors of any kind
+            if is_out_of_memory(error):
+                raise
+            return PreparedImage(number, [], None, dict.fromkeys(places, one_line(error)))
+        return self._encode(number, picture, list(places))
 
-    def _ask(self, batch, progress) -> list[dict]:
-        rows = []
-        results = self.pipe.run_batch([item for _, item in batch])
-        for (number, _), answers in zip(batch, results, strict=True):
-            rows += [self._row(number, place, result) for place, result in enumerate(answers)]
+    def _encode(self, number: int, picture: Image.Image, places: list[int]) -> PreparedImage:
+        item = {"image": picture, "text": [self.queries[number][place] for place in places]}
+        try:
+            return PreparedImage(number, places, self.pipe.preprocess(item), {})
+        except (OSError, ValueError, TypeError) as error:
+            refused = PreparedImage(number, [], None, dict.fromkeys(places, one_line(error)))
+        if len(places) == 1:
+            return refused
+        # One query may be at fault: the others are asked without it.
+        errors = {}
+        for place in places:
+            errors |= self._encode(number, picture, [place]).errors
+        good = [place for place in places if place not in errors]
+        if not good or not errors:
+            return PreparedImage(number, [], None, errors or refused.errors)
+        kept = self._encode(number, picture, good)
+        return PreparedImage(number, kept.places, kept.tensors, errors | kept.errors)
+
+    def _ask_all(self, batch: list[PreparedImage], progress) -> list[dict]:
+        rows = self._ask(batch)
         progress.update(len(batch))
-        progress.set_postfix_str(f"{sum(len(answers) for answers in results)} queries a batch", refresh=False)
+        progress.set_postfix_str(f"{sum(len(image.places) for image in batch)} queries a batch", refresh=False)
         return rows
+
+    def _ask(self, batch: list[PreparedImage]) -> list[dict]:
+        """Rows of the answers; where the model refuses a batch, image by image, and then query by query."""
+        try:
+            results = self.pipe.run_batch([image.tensors for image in batch])
+        except (OSError, ValueError, TypeError) as error:
+            self.refusal = one_line(error)
+        else:
+            self.answered += len(batch)
+            pairs = zip(batch, results, strict=True)
+            return [
+                self._row(image.number, place, result)
+                for image, answers in pairs
+                for place, result in zip(image.places, answers, strict=True)
+            ]
+        if len(batch) > 1:
+            return [row for image in batch for row in self._ask([image])]
+        (image,) = batch
+        if len(image.places) == 1:
+            return [self._row(image.number, image.places[0], error=self.refusal)]
+        alone = [self._prepare(image.number, [place]) for place in image.places]
+        return [row for one in alone for row in self._ask([one])]
 
     def _row(self, number: int, place: int, result: dict | None = None, error: str | None = None) -> dict:
         return {
             "number": number,
-            "image": self.source.ids[number],
+            "image": storable(self.source.ids[number]),
             "query_index": place,
-            "query": self.queries[number][place],
+            "query": storable(self.queries[number][place]),
             "answer": None if result is None else result["answer"],
             "segments": [] if result is None else [_encode_segment(segment) for segment in result["segments"]],
-            "error": error,
+            "error": None if error is None else storable(error),
         }
+
+
+def storable(text: str) -> str:
+    """A text with halves of characters written out: file names and queries may hold some, parquet takes none."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _encode_segment(segment: dict) -> dict:
@@ -278,9 +249,7 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
         OSError, ValueError: an argument does not fit, or the folder holds the output of other settings.
     """
     state, folder = job_state(), Path(args.output)
-    for name in ("batch_size", "shard_size", "prefetch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    check_arguments(args)
     source = open_source(args.input, args.split, args.image_column)
     queries = read_queries(args.queries, source.ids)
     numbers = [number for number, asked in enumerate(queries) if asked]
@@ -303,6 +272,24 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
                 annotator.write_shard(shard, shards[shard], progress)
     state.wait_for_everyone()
     return folder
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a number is out of its range, or `--layer-selection` is neither a rule nor a number.
+    """
+    for name in ("batch_size", "shard_size", "prefetch", "max_rows", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("threshold", "reject_threshold"):
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {value}")
+    selection = args.layer_selection
+    if selection is not None and selection not in LAYER_RULES and not selection.isdecimal():
+        raise ValueError(f"--layer-selection must be {', '.join(LAYER_RULES)} or a number, got {selection!r}")
 
 
 def _settings(args: argparse.Namespace, source: ImageSource, queries: list[list[str]]) -> dict:
@@ -332,15 +319,19 @@ def check_settings(folder: Path, settings: dict) -> None:
     Raises:
         ValueError: the folder holds the output of other settings.
     """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
+    path, earlier = folder / SETTINGS_FILE, folder / EARLIER_SETTINGS_FILE
+    found = next((file for file in (path, earlier) if file.is_file()), None)
+    if found is None:
         if any(folder.glob("part-*.parquet")):
             raise ValueError(f"--output {folder} holds parquet files of something else; choose another folder")
         partial = folder / f".{uuid.uuid4().hex}.partial"
         partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
         partial.replace(path)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(found.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{found} must hold the settings of a job, but {one_line(error)}") from error
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         name = changed[0]
@@ -348,6 +339,7 @@ def check_settings(folder: Path, settings: dict) -> None:
             f"--output {folder} was begun with {name}={before.get(name)!r}, got {settings[name]!r}; "
             f"choose another folder"
         )
+    found.replace(path)
 
 
 def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
@@ -357,13 +349,19 @@ def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
     if args.compile:
         model.compile_mask_path()
     selection = args.layer_selection
+    selection = int(selection) if selection and selection.isdecimal() else selection
+    if isinstance(selection, int) and selection >= model.config.num_layers:
+        raise ValueError(f"--layer-selection must lie in 0..{model.config.num_layers - 1} for {path}, got {selection}")
+    scaling = model.config.similarity_scaling
+    if args.reject_threshold and scaling != "scaled":
+        raise ValueError(f"--reject-threshold needs a model with similarity_scaling='scaled', got {scaling!r}")
     return ReferringSegmentationPipeline(
         model=model,
         processor=AutoProcessor.from_pretrained(path),
         task="referring-segmentation",
         max_new_tokens=args.max_new_tokens,
         max_rows=args.max_rows,
-        layer_selection=int(selection) if selection and selection.isdigit() else selection,
+        layer_selection=selection,
         threshold=args.threshold,
         reject_threshold=args.reject_threshold,
     )
@@ -399,6 +397,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def closing_line(folder: Path) -> str:
+    """How many rows there are, and which of them failed and why: the first few."""
+    files, rows, failed = sorted(folder.glob("part-*.parquet")), 0, 0
+    places: dict[tuple[str, str], list[int]] = {}
+    for path in files:
+        table = parquet.read_table(path, columns=["image", "query_index", "error"])
+        rows += len(table)
+        for row in table.filter(compute.is_valid(table["error"])).to_pylist():
+            failed += 1
+            places.setdefault((row["image"], row["error"]), []).append(row["query_index"])
+    line = f"{rows} rows in {len(files)} files in {folder}, {failed} of them failed"
+    shown = [
+        f"{image}{f' query_index {found[0]}' if len(found) == 1 else ''}: {error[:REASON_SHOWN]}"
+        for (image, error), found in list(places.items())[:FAILURES_SHOWN]
+    ]
+    more = len(places) - len(shown)
+    return f"{line}: {'; '.join(shown)}{f'; and {more} more' if more else ''}" if shown else line
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 2 after an error, of which one line was written to stderr."""
     args = build_parser().parse_args(argv)
@@ -406,13 +423,11 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         folder = annotate(args, load_pipeline)
-    except (OSError, ValueError, MemoryError) as error:
-        print(f"annotate: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, MemoryError) as error:
+        print(f"annotate: error: {one_line(error)}", file=sys.stderr)
         return 2
     if job_state().is_main_process:
-        tables = [parquet.read_table(path, columns=["error"]) for path in sorted(folder.glob("part-*.parquet"))]
-        failed = sum(len(table) - table["error"].null_count for table in tables)
-        print(f"{sum(map(len, tables))} rows in {len(tables)} files in {folder}, {failed} of them failed")
+        print(closing_line(folder))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = ("modeling_uground", "processing")
 # Commands stay at home: the entry files of the Hub closure do not import them.
-COMMANDS = {"annotate.py", "job_processes.py"}
+COMMANDS = {"annotate.py", "annotation_inputs.py", "job_processes.py"}
 COMMAND_PACKAGES = {"uground", "datasets", "pyarrow", "pycocotools", "tqdm"}
 # What files that travel to the Hub may import besides one another and the standard library.
 RUNTIME = {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate", "numpy", "PIL"}

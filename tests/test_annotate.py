@@ -1,21 +1,24 @@
 """The annotate command: every image and query exactly once, whatever happens in between; and memory that runs out."""
 
+import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, features
 from processes import launched
 from pycocotools import mask as coco_mask
 from tiny import SEGMENT_TOKEN, say_only, tiny_model
@@ -74,7 +77,7 @@ def test_every_image_is_asked_every_query(folder, pipe):
     names = sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.[jp][pn]g"))
     assert [key(row) for row in rows] == [(name, place) for name in names for place in (0, 1)]
     assert [row["query"] for row in rows[:2]] == QUERIES and all(row["error"] is None for row in rows)
-    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*"))
+    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*.partial"))
     for row in rows:
         path = folder / "images" / row["image"]
         expected = pipe(str(path), row["query"], generate_kwargs=write(pipe.processor, ANSWER))
@@ -108,7 +111,7 @@ def test_an_interrupted_run_goes_on_without_a_lost_or_doubled_row(folder, pipe, 
     annotate.annotate(arguments(folder, "--batch-size", 1), lambda _: pipe)
     assert rows_of(folder) == rows_of(folder, "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert not list((folder / "out").glob(".*"))
+    assert not list((folder / "out").glob(".*.partial"))
     # Nothing is left to do, so nothing is loaded.
     annotate.annotate(arguments(folder), lambda _: pytest.fail("loaded a model for nothing"))
 
@@ -158,6 +161,120 @@ def test_a_bad_image_is_recorded_and_passed_over(folder, pipe):
     assert all(len(row["segments"]) == 2 for row in rows if not row["error"])
 
 
+def bomb() -> bytes:
+    """A PNG whose header promises 2.5 thousand million pixels."""
+    pieces = (b"IHDR" + struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(b""), b"IEND")
+    chunks = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in pieces]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def broken_avif() -> bytes:
+    """An AVIF whose header is whole and whose pixels are not."""
+    buffer = io.BytesIO()
+    Image.fromarray(gradient_image(64, 64)).save(buffer, "AVIF")
+    return buffer.getvalue()[:-200] + bytes(200)
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_no_bad_input_ends_a_job(folder, pipe, as_dataset):
+    whole = (folder / "images" / "1.jpg").read_bytes()
+    contents = {"bomb.png": bomb(), "cut.jpg": whole[:200], "noise.webp": b"RIFF", "whole.jpg": whole}
+    if features.check("avif"):
+        contents["broken.avif"] = broken_avif()
+    if as_dataset:
+        columns = {"id": list(contents), "image": [{"bytes": data, "path": None} for data in contents.values()]}
+        columns = {"id": [*columns["id"], "none"], "image": [*columns["image"], None]}
+        kinds = Features({"id": Value("string"), "image": ImageFeature(decode=False)})
+        Dataset.from_dict(columns, kinds).save_to_disk(str(folder / "bad"))
+    else:
+        (folder / "bad").mkdir()
+        for name, content in contents.items():
+            (folder / "bad" / name).write_bytes(content)
+    annotate.annotate(arguments(folder, input="bad"), lambda _: pipe)
+    errors = {row["image"]: row["error"] for row in rows_of(folder) if row["error"]}
+    assert set(errors) == (set(contents) | ({"none"} if as_dataset else set())) - {"whole.jpg"}
+    assert "too large" in errors["bomb.png"] and "\n" not in "".join(errors.values())
+    assert sum(row["answer"] is not None for row in rows_of(folder)) == 2
+    line = annotate.closing_line(folder / "out")
+    assert line.startswith(f"{2 * len(errors) + 2} rows in ") and f"{2 * len(errors)} of them failed: " in line
+    assert f"bomb.png: {errors['bomb.png'][:100]}" in line
+
+
+def test_a_query_that_cannot_be_asked_leaves_the_others(folder, pipe):
+    lines = [
+        {"image": "1.jpg", "queries": ["fish", "\ud83d", "a boat"]},
+        {"image": "2.jpg", "query": "half \ude00"},
+        {"image": "4.jpg", "queries": ["fish", "the " * 300]},
+    ]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    annotate.annotate(arguments(folder, queries="queries.jsonl"), lambda _: pipe)
+    rows = {key(row): row for row in rows_of(folder)}
+    failed = {place for place, row in rows.items() if row["error"]}
+    assert failed == {("1.jpg", 1), ("2.jpg", 0), ("4.jpg", 1)} and len(rows) == 6
+    assert rows["1.jpg", 1]["query"] == "\\ud83d" and rows["1.jpg", 2]["query"] == "a boat"
+    assert all((row["answer"] is None) == (place in failed) for place, row in rows.items())
+    assert "may have 200 tokens" in rows["4.jpg", 1]["error"]
+    alone = pipe(str(folder / "images/1.jpg"), "a boat", generate_kwargs=write(pipe.processor, ANSWER))
+    assert [segment["box"] for segment in rows["1.jpg", 2]["segments"]] == [s["box"] for s in alone["segments"]]
+    assert "; 4.jpg query_index 1: query 1 is too long" in annotate.closing_line(folder / "out")
+
+
+def test_names_that_are_no_text_are_written_out(folder, pipe):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(gradient_image(20, 30)).save(folder / "images" / "1.png")
+    (folder / "images" / "1.png").rename(folder / "images" / name)
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    assert "caf\\udce9.png" in {row["image"] for row in rows_of(folder) if row["error"] is None}
+
+
+def test_what_the_model_refuses_is_found_in_its_batch(folder, pipe, monkeypatch):
+    run_batch = pipe.run_batch
+
+    def choosy(items):
+        if any(
+            "a tree" in item["queries"] and item["inputs"]["original_sizes"].tolist() == [[20, 20]] for item in items
+        ):
+            raise ValueError("the model computed NaN or infinity in torch.float16")
+        return run_batch(items)
+
+    monkeypatch.setattr(pipe, "run_batch", choosy)
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    rows = rows_of(folder)
+    assert len(rows) == 14 and len({key(row) for row in rows}) == 14
+    assert [(key(row), row["answer"]) for row in rows if row["error"]] == [(("1.jpg", 1), None)]
+
+    def refusing(items):
+        raise ValueError("NaN in all weights")
+
+    monkeypatch.setattr(pipe, "run_batch", refusing)
+    with pytest.raises(ValueError, match="the model answers nothing: NaN in all weights"):
+        annotate.annotate(arguments(folder, output="none"), lambda _: pipe)
+    assert not list((folder / "none").glob("part-*"))
+
+
+def test_the_output_is_a_dataset_and_goes_on_from_one_of_the_earlier_release(folder, pipe):
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    out = folder / "out"
+    (out / annotate.SETTINGS_FILE).rename(out / "annotate.json")
+    (out / "part-00000001.parquet").unlink()
+    with pytest.raises(ValueError, match="was begun with threshold=0.0, got 0.5"):
+        annotate.annotate(arguments(folder, "--threshold", "0.5"), lambda _: pipe)
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    data = load_dataset("parquet", data_dir=str(out), split="train", cache_dir=str(folder / "cache"))
+    assert data.to_list() == rows_of(folder) and len(data) == 14
+    annotate.annotate(arguments(folder), lambda _: pytest.fail("loaded a model for nothing"))
+    (out / annotate.SETTINGS_FILE).write_text("[1")
+    with pytest.raises(ValueError, match=".annotate.json must hold the settings of a job, but"):
+        annotate.annotate(arguments(folder), lambda _: pipe)
+
+
+def test_a_line_of_queries_ends_where_its_line_ends(tmp_path):
+    (tmp_path / "q.txt").write_bytes("\ufeffthe\u2028cup\x0ca\r\na\x85boat\u2029!\n\n".encode())
+    assert annotate.read_queries(str(tmp_path / "q.txt"), ["1"]) == [["the\u2028cup\x0ca", "a\x85boat\u2029!"]]
+    (tmp_path / "q.jsonl").write_text('{"image": "1", "query": "the\u2028cup"}\r\n', newline="")
+    assert annotate.read_queries(str(tmp_path / "q.jsonl"), ["1"]) == [["the\u2028cup"]]
+
+
 def test_queries_may_be_listed_per_image(folder, pipe):
     lines = [{"image": "1.jpg", "query": "fish"}, {"image": "deeper/3.png", "queries": QUERIES}]
     lines.append({"image": "1.jpg", "query": "a boat"})
@@ -195,13 +312,33 @@ def test_images_are_prepared_a_few_ahead_and_in_order():
 BAD = {
     "settings": (["--threshold", "0.5"], {}, "was begun with threshold=0.0, got 0.5; choose another folder"),
     "batch": (["--batch-size", "0"], {}, "--batch-size must be at least 1, got 0"),
+    "shard": (["--shard-size", "-1"], {}, "--shard-size must be at least 1, got -1"),
+    "prefetch": (["--prefetch", "0"], {}, "--prefetch must be at least 1, got 0"),
+    "rows": (["--max-rows", "0"], {}, "--max-rows must be at least 1, got 0"),
+    "tokens": (["--max-new-tokens", "0"], {}, "--max-new-tokens must be at least 1, got 0"),
+    "score": (["--threshold", "3"], {}, r"--threshold must lie in 0\.\.1, got 3.0"),
+    "no score": (["--threshold", "nan"], {}, r"--threshold must lie in 0\.\.1, got nan"),
+    "peak": (["--reject-threshold", "-1"], {}, r"--reject-threshold must lie in 0\.\.1, got -1.0"),
+    "layer": (
+        ["--layer-selection", "best"],
+        {},
+        "--layer-selection must be argmax, last, sample, mc or a number, got",
+    ),
     "input": ([], {"input": "nowhere"}, "does not exist"),
     "no images": ([], {"input": "empty"}, "holds no images"),
     "queries": ([], {"queries": "nothing.txt"}, "nothing.txt"),
     "no queries": ([], {"queries": "blank.txt"}, "holds no queries"),
-    "no json": ([], {"queries": "bad.jsonl"}, "line 1 of .*bad.jsonl must be JSON"),
-    "no query": ([], {"queries": "none.jsonl"}, 'line 2 of .*must hold "image" and "query" or "queries"'),
-    "stranger": ([], {"queries": "stranger.jsonl"}, "line 1 of .*asks about the image '9.png', which is not in"),
+    "no json": ([], {"queries": "bad.jsonl"}, "bad.jsonl:1: the line must be JSON"),
+    "deep json": ([], {"queries": "deep.jsonl"}, "deep.jsonl:1: the line must be JSON, but"),
+    "two bytes": ([], {"queries": "wide.txt"}, "wide.txt:1: the file looks like UTF-16"),
+    "latin": ([], {"queries": "latin.txt"}, "latin.txt:2: the line is not UTF-8, got the byte 0xe9"),
+    "a folder": ([], {"queries": "images"}, "images"),
+    "no query": ([], {"queries": "none.jsonl"}, 'none.jsonl:2: the line must hold "image" and "query" or "queries"'),
+    "stranger": (
+        [],
+        {"queries": "stranger.jsonl"},
+        "stranger.jsonl:1: the line asks about the image '9.png', which is not in",
+    ),
 }
 
 
@@ -212,23 +349,34 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, pipe, more, names, s
     (folder / "bad.jsonl").write_text("{")
     (folder / "none.jsonl").write_text('{"image": "1.jpg", "query": "a"}\n{"image": "1.jpg", "query": " "}')
     (folder / "stranger.jsonl").write_text('{"image": "9.png", "query": "a"}')
-    if more[:1] == ["--threshold"]:
+    (folder / "deep.jsonl").write_text("[" * 100_000)
+    (folder / "wide.txt").write_text("the cup", encoding="utf-16")
+    (folder / "latin.txt").write_bytes("the cup\ncafé\n".encode("latin-1"))
+    if more == ["--threshold", "0.5"]:
         annotate.annotate(arguments(folder), lambda _: pipe)
     with pytest.raises((OSError, ValueError), match=sentence):
         annotate.annotate(arguments(folder, *more, **names), lambda _: pytest.fail("loaded a model"))
 
 
-def test_the_command_loads_a_checkpoint(folder):
-    model = make_pipe().model
+def test_the_command_loads_a_checkpoint(folder, capsys):
+    model = tiny_model(3, similarity_scaling="minmax")
     model.generation_config.max_new_tokens = 3
     model.save_pretrained(folder / "model")
     tiny_processor().save_pretrained(folder / "model")
     words = ["--input", folder / "images", "--queries", folder / "queries.txt", "--output", folder / "out"]
-    command = [sys.executable, "-m", "uground.processing.annotate", *words, "--model", folder / "model"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert f"14 rows in 1 files in {folder / 'out'}, 0 of them failed" in done.stdout
+    words = [str(word) for word in (*words, "--model", folder / "model")]
+    assert annotate.main(words) == 0
+    assert capsys.readouterr().out == f"14 rows in 1 files in {folder / 'out'}, 0 of them failed\n"
     assert all(row["answer"] for row in rows_of(folder))
+    for more, sentence in (
+        (["--layer-selection", "9"], "--layer-selection must lie in 0..4 for"),
+        (
+            ["--reject-threshold", "0.5"],
+            "--reject-threshold needs a model with similarity_scaling='scaled', got 'minmax'",
+        ),
+    ):
+        assert annotate.main([*words, *more, "--output", str(folder / "other" / more[0])]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_killed_and_taken_up_by_two_processes(folder):
@@ -257,9 +405,9 @@ def test_killed_and_taken_up_by_two_processes(folder):
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("54 rows in 27 files") == 1
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
-    subprocess.run([*alone[:-5], str(folder / "whole"), *alone[-4:]], env=environment, check=True, timeout=300)
+    assert annotate.main(words("whole")[1:]) == 0
     assert rows_of(folder) == rows_of(folder, "whole")
-    assert not list((folder / "out").glob(".*"))
+    assert not list((folder / "out").glob(".*.partial"))
 
 
 def test_a_mistake_is_one_line(folder, capsys):

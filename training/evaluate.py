@@ -257,6 +257,7 @@ def _reduce(blocks: list[dict], protocols: list[str], layers, arguments: Evaluat
         "counts": {name: row["queries"] for name, row in figures[protocols[0]][str(layers[0])].items()},
         **{name: value for name, value in asdict(arguments).items() if name not in ("output", "protocol", "style")},
         "count": data.size,
+        "left_out": data.left_out,
         "layers": layers,
         "versions": {package: version(package) for package in PACKAGES},
         "commit": git_commit(Path(uground.__file__).parent),
@@ -366,6 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     for protocol in (results["protocol"], *results["more_figures"]):
         print(table(results, protocol), end="\n\n")
     print(calibration_table(results))
+    if results["left_out"]:
+        print(f"\n{results['left_out']}")
     if "answers_as_written" in results:
         print(f"\nanswers exactly as expected: {results['answers_as_written']:.3f}; style: {results['style']}")
 

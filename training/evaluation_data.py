@@ -7,6 +7,7 @@ from pathlib import Path
 from uground.training.data.files import open_image
 from uground.training.data.prepared import is_prepared, prepared_dataset
 from uground.training.data.registry import DATASETS, PREMISE, SEVERAL, read_samples
+from uground.training.data.samples import SkipCount
 from uground.training.data.wording import Wording
 from uground.training.metric_protocols import PROTOCOLS
 from uground.training.scenes import SPLITS as SCENE_SPLITS
@@ -26,12 +27,14 @@ class EvaluationData:
         example: fetches example number i in the common schema, its image opened, with `subset`.
         protocols: those that make sense, the usual one first.
         neutral_answer: the answer that is forced where the wanted one says in words that nothing is there.
+        left_out: what of the original files was left out, in words; empty if nothing was.
     """
 
     size: int
     example: Callable[[int], dict]
     protocols: tuple[str, ...]
     neutral_answer: str = "[SEG]."
+    left_out: str = ""
 
 
 def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int) -> EvaluationData:
@@ -62,8 +65,9 @@ def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int
         entry = DATASETS[dataset]
         if not entry.protocols:
             raise ValueError(f"{dataset} has no masks to measure; it is for training only")
-        samples = [sample for sample in read_samples(dataset, root, split) if sample.attribute != "vqa"]
-        return _limited(len(samples), count, _SampleReader(samples), entry.protocols)
+        skips = SkipCount()
+        samples = [sample for sample in read_samples(dataset, root, split, skips) if sample.attribute != "vqa"]
+        return _limited(len(samples), count, _SampleReader(samples), entry.protocols, str(skips))
     if is_prepared(dataset):
         data = prepared_dataset(dataset, split)
         rows = [row for row, attribute in enumerate(data.with_format(None)["attribute"]) if attribute != "vqa"]
@@ -77,10 +81,10 @@ def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int
     )
 
 
-def _limited(size: int, count: int | None, example, protocols: tuple[str, ...]) -> EvaluationData:
+def _limited(size: int, count: int | None, example, protocols: tuple[str, ...], left_out: str = "") -> EvaluationData:
     if not size:
-        raise ValueError("the split holds no query about a mask")
-    return EvaluationData(size if count is None else min(size, count), example, protocols)
+        raise ValueError("; ".join(filter(None, ("the split holds no query about a mask", left_out))))
+    return EvaluationData(size if count is None else min(size, count), example, protocols, left_out=left_out)
 
 
 class _SampleReader:

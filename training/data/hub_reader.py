@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 from PIL import Image
 
+from uground.processing.image_reading import picture_errors
 from uground.training.data.files import checked_root
-from uground.training.data.masks import encode_mask, is_empty, read_mask
-from uground.training.data.samples import Sample
+from uground.training.data.masks import encode_mask, is_empty, read_mask, shown
+from uground.training.data.prepared import open_parquet, parquet_rows
+from uground.training.data.records import Record, checked_list
+from uground.training.data.samples import NO_AREA, NO_WORDS, Sample, Skipped
 
-# Rows read at a time; each holds a picture.
-ROWS = 64
 COLUMNS = {
     "hub-reasonseg": ("image", "text", "mask"),
     "hub-refcoco": ("image", "text", "mask"),
@@ -28,13 +28,14 @@ COLUMNS = {
 }
 
 
-def read_hub(dataset: str, root, split: str) -> Iterator[Sample]:
+def read_hub(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
     """
-    Samples of a downloaded Hub dataset; `root` is its folder.
+    Samples of a downloaded Hub dataset; `root` is its folder. A query without words, and a mask without a pixel, is
+    skipped.
 
     Raises:
-        OSError: there are no parquet files of the split.
-        ValueError: a column is missing or a mask does not fit its picture.
+        OSError: there are no parquet files of the split, or a file or picture cannot be read.
+        ValueError: a column is missing or of another type, or a mask does not fit its picture.
     """
     root = checked_root(root, dataset)
     found = sorted(root.rglob("*.parquet"))
@@ -43,34 +44,52 @@ def read_hub(dataset: str, root, split: str) -> Iterator[Sample]:
         names = sorted({path.name.split("-")[0].split(".")[0] for path in found})
         held = f"it holds: {', '.join(names)}" if names else "it holds no parquet files"
         raise FileNotFoundError(f"{dataset} has no parquet files of split {split!r} under {root}; {held}")
+    rows = 0
     for path in files:
-        absent = [name for name in COLUMNS[dataset] if name not in parquet.read_schema(path).names]
+        file = open_parquet(path)
+        rows += file.metadata.num_rows
+        absent = [name for name in COLUMNS[dataset] if name not in file.schema_arrow.names]
         if absent:
             raise ValueError(
                 f"{path} must have the columns {', '.join(COLUMNS[dataset])} of {dataset}, got none called {absent[0]}"
             )
+    if not rows:
+        raise ValueError(f"{dataset} has no rows in split {split!r} under {root}")
     return _samples(dataset, split, files)
 
 
-def _samples(dataset: str, split: str, files: list[Path]) -> Iterator[Sample]:
+def _samples(dataset: str, split: str, files: list[Path]) -> Iterator[Sample | Skipped]:
     index = 0
     for path in files:
-        for batch in parquet.ParquetFile(path).iter_batches(ROWS, columns=list(COLUMNS[dataset])):
-            for row in batch.to_pylist():
-                with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
-                    size = (picture.height, picture.width)
-                name = f"{dataset}-{split}-{index}"
-                for number, (phrase, mask) in enumerate(_asked(dataset, row, size, name)):
-                    yield Sample(
-                        id=f"{name}-{number}",
-                        image={"bytes": row["image"]["bytes"], "path": None},
-                        size=size,
-                        attribute="rs" if dataset == "hub-reasonseg" else "res",
-                        phrases=(phrase,),
-                        masks=(None if is_empty(mask) else mask,),
-                        question=phrase if _is_sentence(dataset, phrase) else None,
-                    )
-                index += 1
+        for place, row in enumerate(parquet_rows(path, COLUMNS[dataset])):
+            row = Record(row, f"{path} row {place}, {dataset}-{split}-{index}")
+            content = row.record("image").take("bytes")
+            size = _picture_size(content, row.name)
+            asked = list(_asked(dataset, row, size))
+            if not asked:
+                yield Skipped(row.name, NO_WORDS)
+            for number, (phrase, mask) in enumerate(asked):
+                if not phrase or is_empty(mask):
+                    yield Skipped(row.name, NO_AREA if phrase else NO_WORDS)
+                    continue
+                yield Sample(
+                    id=f"{dataset}-{split}-{index}-{number}",
+                    image={"bytes": content, "path": None},
+                    size=size,
+                    attribute="rs" if dataset == "hub-reasonseg" else "res",
+                    phrases=(phrase,),
+                    masks=(mask,),
+                    question=phrase if _is_sentence(dataset, phrase) else None,
+                )
+            index += 1
+
+
+def _picture_size(content, name: str) -> tuple[int, int]:
+    """Height and width of a picture as it is stored; masks of these copies were drawn on that."""
+    if not isinstance(content, bytes):
+        raise ValueError(f"{name}: its image must hold the bytes of a picture, got {shown(content)}")
+    with picture_errors(f"{name}: its image"), Image.open(io.BytesIO(content)) as picture:
+        return picture.height, picture.width
 
 
 def _is_sentence(dataset: str, text: str) -> bool:
@@ -78,17 +97,28 @@ def _is_sentence(dataset: str, text: str) -> bool:
     return dataset == "hub-reasonseg" and text.endswith((".", "?", "!"))
 
 
-def _asked(dataset: str, row: dict, size: tuple[int, int], name: str) -> Iterator[tuple[str, dict]]:
+def _asked(dataset: str, row: Record, size: tuple[int, int]) -> Iterator[tuple[str, dict]]:
+    """What a row asks for and its mask, both possibly empty."""
     if dataset == "refcoco-m":
-        for sample in row["samples"]:
-            mask = read_mask(sample["mask"], size, name)
-            yield from ((sentence.strip(), mask) for sentence in sample["sentences"])
+        for sample in row.records("samples", "sample"):
+            mask = read_mask(sample.take("mask"), size, sample.name)
+            yield from ((sentence, mask) for sentence in sample.texts("sentences"))
     elif dataset == "hub-refcoco-lmms":
-        mask = read_mask(row["segmentation"], size, name)
-        phrases = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-        yield from ((phrase.strip(), mask) for phrase in phrases)
+        mask = read_mask(row.take("segmentation"), size, row.name)
+        phrases = [row.text("answer")] if isinstance(row.take("answer"), str) else row.texts("answer")
+        yield from ((phrase, mask) for phrase in phrases)
     else:
-        mask = np.asarray(row["mask"], dtype=bool)
-        if mask.shape != size:
-            raise ValueError(f"{name}: its mask has size {mask.shape}, expected that of the image, {size}")
-        yield row["text"].strip(), encode_mask(mask)
+        yield row.text("text"), encode_mask(_dense_mask(row, size))
+
+
+def _dense_mask(row: Record, size: tuple[int, int]) -> np.ndarray:
+    """`(H, W)` boolean mask of the rows of booleans, or of 0 and 1, that a row holds."""
+    lines = [checked_list(line, f"{row.name}: mask {number}") for number, line in enumerate(row.items("mask"))]
+    shape = (len(lines), len(lines[0]) if lines else 0)
+    if shape != size or any(len(line) != size[1] for line in lines):
+        raise ValueError(f"{row.name}: its mask has size {shape}, expected that of the image, {size}")
+    kinds = {type(value) for line in lines for value in line}
+    mask = np.array(lines) if kinds <= {bool, int, float} else None
+    if mask is None or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"{row.name}: its mask must hold true and false, or 1 and 0, got other values")
+    return mask.astype(bool)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from uground.training.data.prepared import write_prepared
 from uground.training.data.registry import DATASETS, read_samples
+from uground.training.data.samples import SkipCount
 from uground.training.data.wording import Wording, group_samples
 from uground.training.scenes import SPLITS as SCENE_SPLITS
 from uground.training.scenes import scenes
@@ -21,15 +22,15 @@ from uground.training.scenes import scenes
 SCENES = "scenes"
 
 
-def prepared_examples(arguments: argparse.Namespace, split: str) -> Iterator[dict]:
-    """The examples of a split as told by the arguments of the command, images not opened."""
+def prepared_examples(arguments: argparse.Namespace, split: str, skips: SkipCount) -> Iterator[dict]:
+    """The examples of a split as told by the arguments of the command, images not opened; counts what is left out."""
     if arguments.dataset == SCENES:
         for example in scenes(split, arguments.count or 1000, arguments.seed):
             yield {**example, "subset": None}
         return
     style = arguments.words or ("training" if split == "train" else "evaluation")
     wording = Wording(style, arguments.seed, arguments.rejection)
-    samples = read_samples(arguments.dataset, arguments.root, split)
+    samples = read_samples(arguments.dataset, arguments.root, split, skips)
     if arguments.targets_per_query > 1 or arguments.queries_per_image is not None:
         samples = group_samples(
             list(samples), arguments.seed, arguments.targets_per_query, arguments.queries_per_image
@@ -89,9 +90,10 @@ def main(argv: list[str] | None = None) -> None:
             if split not in known:
                 raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
         for split in arguments.split or whole:
-            examples = tqdm(prepared_examples(arguments, split), desc=split, unit=" examples")
+            skips = SkipCount()
+            examples = tqdm(prepared_examples(arguments, split, skips), desc=split, unit=" examples")
             count = write_prepared(examples, arguments.output, split, arguments.embed_images)
-            print(f"{split}: {count} examples in {arguments.output}/data")
+            print("; ".join(filter(None, (f"{split}: {count} examples in {arguments.output}/data", str(skips)))))
     except (ValueError, OSError) as error:
         sys.exit(f"prepare: {error}")
 

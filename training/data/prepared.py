@@ -7,17 +7,21 @@ here and on the Hub.
 import io
 import os
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets import Dataset, Features, Image, List, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.training.data.files import open_image
-from uground.training.data.masks import read_runs, shown
+from uground.training.data.masks import check_size, is_empty, read_mask
+from uground.training.data.records import Record
 
 RLE = {"size": List(Value("int32")), "counts": Value("string")}
 FEATURES = Features(
@@ -34,6 +38,11 @@ FEATURES = Features(
     }
 )
 ROWS_PER_GROUP = 256
+# Rows read at a time from files that are not ours; each may hold a picture.
+ROWS_READ = 64
+# Tells the transform which row it has before it, for messages; no item holds it.
+ROW_NUMBER = "__row__"
+SEGMENT = "[SEG]"
 SUFFIX = "-00000-of-00001.parquet"
 OPTIONAL_COLUMNS = ("ignore", "subset")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -57,21 +66,64 @@ def write_prepared(examples: Iterable[dict], folder: str | os.PathLike, split: s
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     count, rows = 0, []
-    schema = FEATURES.arrow_schema
     try:
-        with parquet.ParquetWriter(partial, schema) as writer:
+        with parquet.ParquetWriter(partial, FEATURES.arrow_schema) as writer:
             for example in examples:
                 rows.append({**example, "image": stored_image(example["image"], embed)})
                 count += 1
                 if len(rows) == ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                    writer.write_table(_table(rows))
                     rows = []
             if rows or not count:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                writer.write_table(_table(rows))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return count
+
+
+def _table(rows: list[dict]) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
+    except (pa.ArrowException, UnicodeError) as error:
+        ids = f"{ascii(rows[0]['id'])} to {ascii(rows[-1]['id'])}"
+        raise ValueError(f"of the examples {ids} one cannot be stored: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def open_parquet(path: str | os.PathLike) -> parquet.ParquetFile:
+    """
+    A parquet file, its footer read.
+
+    Raises:
+        OSError: it is missing or is none.
+    """
+    try:
+        return parquet.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{path} cannot be read as a parquet file: {_one_line(error)}") from error
+
+
+def parquet_rows(path: str | os.PathLike, columns: Iterable[str]) -> Iterator[dict]:
+    """
+    Rows of a parquet file, a few in memory at a time.
+
+    Raises:
+        OSError: it is missing, is none, or is damaged.
+    """
+    batches = open_parquet(path).iter_batches(ROWS_READ, columns=list(columns))
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = None if batch is None else batch.to_pylist()
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise OSError(f"{path} cannot be read as a parquet file: {_one_line(error)}") from error
+        if rows is None:
+            return
+        yield from rows
 
 
 def stored_image(image, embed: bool) -> dict:
@@ -103,8 +155,9 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     """
     A split of a dataset in the common schema, whose items are examples with their image opened.
 
-    Items fit [`GroundingCollator`](uground.training.collator). Opening an item raises an `OSError` when its picture is
-    gone, and a `ValueError` when the picture does not fit its masks.
+    Items fit [`GroundingCollator`](uground.training.collator). Each is checked when it is opened: that raises an
+    `OSError` when its picture is gone or unreadable, and a `ValueError`, which names file and row, when something of
+    it is missing, of another type, or does not fit together.
 
     Args:
         name: a prepared folder, or the id of a dataset on the Hub, `USER/NAME` or `USER/NAME@REVISION`. There the
@@ -112,60 +165,132 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
         split: name of the split.
 
     Raises:
-        OSError: there is no such dataset. ValueError: it has no such split, or columns are missing.
+        OSError: there is no such dataset, or a file of it cannot be read.
+        ValueError: it has no such split, no rows, or columns are missing or of another type.
     """
     splits = prepared_splits(name)
     if splits:
         if split not in splits:
             raise ValueError(f"the prepared dataset {name} has no split {split!r}; it has: {', '.join(splits)}")
-        data = load_dataset("parquet", data_files={split: splits[split]}, split=split)
+        counts = {path: open_parquet(path).metadata.num_rows for path in splits[split]}
+        # `datasets` stumbles over a file without rows.
+        names = [path for path, count in counts.items() if count]
+        starts = np.cumsum([0, *(counts[path] for path in names[:-1])]).tolist()
+        data = _loaded(name, "parquet", data_files={split: names}, split=split) if names else []
     elif is_prepared(name):
         data = _hub_dataset(os.fspath(name), split)
+        names, starts = [f"{name}, split {split!r}"], [0]
     else:
         raise FileNotFoundError(
             f"{name} holds no prepared dataset (data/SPLIT-*.parquet, as uground.training.data.prepare writes it), "
             "and is no id of a dataset on the Hub (USER/NAME)"
         )
+    if not len(data):
+        raise ValueError(f"split {split!r} of {name} holds no rows")
     absent = [column for column in FEATURES if column not in data.column_names]
     if absent:
         raise ValueError(f"split {split!r} of {name} lacks the columns {', '.join(absent)} of the common schema")
-    return data.cast_column("image", Image(decode=False)).with_transform(_opened)
+    try:
+        data = data.cast_column("image", Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the column image of split {split!r} of {name} must hold pictures, got {data.features['image']}"
+        ) from error
+    data = data.add_column(ROW_NUMBER, np.arange(len(data)))
+    return data.with_transform(partial(_opened, names=names, starts=starts))
+
+
+def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
+    try:
+        return load_dataset(*arguments, **settings)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"there is neither a folder nor a dataset on the Hub called {str(name)!r}") from error
+    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+        raise ValueError(f"the dataset {str(name)!r} cannot be read: {_one_line(error.__cause__ or error)}") from error
 
 
 def _hub_dataset(name: str, split: str) -> Dataset:
     repo_id, _, revision = name.partition("@")
-    try:
-        data = load_dataset(repo_id, revision=revision or None, split=split)
-    except DatasetNotFoundError as error:
-        raise FileNotFoundError(f"there is neither a folder nor a dataset on the Hub called {name!r}") from error
-    except ValueError as error:
-        raise ValueError(f"the dataset {name!r} of the Hub cannot be read: {error}") from error
+    data = _loaded(name, repo_id, revision=revision or None, split=split)
     for column in OPTIONAL_COLUMNS:
         if column not in data.column_names:
             data = data.add_column(column, [None] * len(data), feature=FEATURES[column])
     return data
 
 
-def _opened(rows: dict[str, list]) -> dict[str, list]:
-    if "image" not in rows:
+def _opened(rows: dict[str, list], names: Sequence[str], starts: Sequence[int]) -> dict[str, list]:
+    """The examples of some rows, checked and with their images read; other selections of columns as they are."""
+    numbers = rows.pop(ROW_NUMBER, None)
+    if numbers is None or "image" not in rows:
         return rows
-    images = []
-    for index, image in enumerate(rows["image"]):
-        name = rows["id"][index] if "id" in rows else f"item {index}"
-        _check({column: values[index] for column, values in rows.items()}, name)
-        masks = rows["masks"][index] if "masks" in rows else []
-        images.append(open_image(image, tuple(masks[0]["size"]) if masks else None, name))
-    return {**rows, "image": images}
+    examples = []
+    for place, number in enumerate(numbers):
+        file = bisect_right(starts, number) - 1
+        row = {column: rows[column][place] for column in rows}
+        examples.append(checked_example(row, f"{names[file]} row {number - starts[file]}"))
+    return {column: [example[column] for example in examples] for column in rows}
 
 
-def _check(row: dict, name: str) -> None:
-    """Others write such columns too: texts must be there, and masks must be masks."""
-    for column in ("query", "answer"):
-        if column in row and not isinstance(row[column], str):
-            raise ValueError(f"{name}: {column} must be a text, got {shown(row[column])}")
-    if "masks" in row and not isinstance(row["masks"], list):
-        raise ValueError(f"{name}: masks must be a list of RLEs, got {shown(row['masks'])}")
-    for number, rle in enumerate(row.get("masks", []), start=1):
-        read_runs(rle, f"{name}: mask {number}")
-    if row.get("ignore") is not None:
-        read_runs(row["ignore"], f"{name}: ignore")
+def checked_example(row: dict, name: str) -> dict:
+    """
+    A stored row as an example, its image read.
+
+    Args:
+        row: in the common schema, image as `{"bytes", "path"}`.
+        name: what to call the row in messages.
+
+    Raises:
+        OSError: its picture is missing or unreadable.
+        ValueError: a field is missing or of another type, or answer, phrases, masks and picture do not fit together.
+    """
+    record = Record(row, name)
+    record = Record(row, f"{name}, {record.filled_text('id')}")
+    masks = checked_answer(record)
+    sizes = {check_size(mask.take("size"), mask.name) for mask in masks}
+    ignore = record.record("ignore") if "ignore" in record else None
+    if ignore is not None and not any(ignore.value.values()):  # how some writers store null
+        ignore = None
+    sizes |= set() if ignore is None else {check_size(ignore.take("size"), ignore.name)}
+    if len(sizes) > 1:
+        raise ValueError(f"{record.name}: its masks must be of one size, got {sorted(sizes)} (height, width)")
+    size = next(iter(sizes), None)
+    read = [read_mask(mask.value, size, mask.name) for mask in masks]
+    for mask, rle in zip(masks, read, strict=True):
+        if is_empty(rle):
+            raise ValueError(f"{mask.name} covers no pixel; a thing that is not there has no mask and no {SEGMENT}")
+    picture = record.record("image").value
+    if picture.get("bytes") is None and picture.get("path") is None:
+        raise ValueError(f"{record.name}: its image must hold bytes or a path, got neither")
+    try:
+        image = open_image(picture, size, record.name)
+    except (OSError, ValueError) as error:
+        if str(error).startswith(record.name):
+            raise
+        # A picture that lies in a file of its own is called by its path only.
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise (kind if isinstance(error, OSError) else ValueError)(f"{record.name}: {error}") from error
+    return {
+        **row,
+        "image": image,
+        "masks": read,
+        "ignore": None if ignore is None else read_mask(ignore.value, size, ignore.name),
+    }
+
+
+def checked_answer(record: Record) -> list[Record]:
+    """
+    The masks of a stored row, one for each segment token of its answer.
+
+    Raises:
+        ValueError: query, answer, attribute, phrases or masks are missing, of another type, or do not fit together.
+    """
+    for key in ("query", "answer", "attribute"):
+        record.filled_text(key)
+    masks = [Record(mask, f"{record.name}: mask {i}") for i, mask in enumerate(record.items("masks"), start=1)]
+    phrases = record.texts("phrases")
+    expected = record.value["answer"].count(SEGMENT)
+    if len(masks) != expected:
+        raise ValueError(f"{record.name} must have one mask per {SEGMENT}, got {len(masks)} for {expected}")
+    if len(phrases) not in (0, len(masks)):
+        raise ValueError(f"{record.name} must have one phrase per mask, {len(masks)}, got {len(phrases)}")
+    return masks

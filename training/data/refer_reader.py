@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uground.training.data.files import checked_root, first_existing, read_json, read_pickle, require, require_images
-from uground.training.data.masks import is_empty, read_mask, union_mask
-from uground.training.data.samples import Sample
+from uground.training.data.masks import is_empty, read_mask, shown, union_mask
+from uground.training.data.records import Record, checked_key, records
+from uground.training.data.samples import NO_AREA, NO_TARGET, NO_WORDS, Sample, Skipped
 
 COCO_IMAGES = ("refer_seg/images/mscoco/images/train2014", "images/mscoco/images/train2014", "train2014")
 # A reference of a split such as "testAB" belongs to both parts.
@@ -67,14 +68,12 @@ LAYOUTS = {
 }
 
 
-def read_refer(dataset: str, root, split: str) -> Iterator[Sample]:
+def read_refer(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
     """
-    Samples of a dataset of the REFER family.
+    Samples of a dataset in `LAYOUTS`.
 
-    Args:
-        dataset: a name in `LAYOUTS`.
-        root: the folder that holds `refer_seg/`, or what `refer_seg/` holds.
-        split: as in the reference file: `"train"`, `"val"`, `"test"`, `"testA"`, …
+    A sentence without words is skipped, and so is a reference to objects without area: only sentences marked as false,
+    and references to no object in gRefCOCO and Ref-ZOM, ask for what is not there.
 
     Raises:
         OSError: files or annotated pictures are missing.
@@ -86,25 +85,40 @@ def read_refer(dataset: str, root, split: str) -> Iterator[Sample]:
     reference_file = first_existing(folder, layout.references)
     instances_file = folder / "instances.json"
     require(dataset, root, (reference_file, instances_file))
-    references = read_json(reference_file) if reference_file.suffix == ".json" else read_pickle(reference_file)
-    chosen = [reference for reference in references if _belongs(reference["split"], split)]
-    if not chosen:
-        found = ", ".join(sorted({reference["split"] for reference in references}))
-        raise ValueError(f"{dataset} has no references in split {split!r}; {reference_file} holds: {found}")
-    instances = read_json(instances_file)
-    images = {image["id"]: image for image in instances["images"]}
-    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    chosen = _references(dataset, reference_file, split)
+    instances = Record(read_json(instances_file), str(instances_file))
+    images = instances.keyed_records("images", "image")
+    annotations = instances.keyed_records("annotations", "annotation")
     folders = [root / place for place in layout.images]
     paths = {}
     for reference in chosen:
-        if reference["image_id"] not in images:
+        image_id = reference.key("image_id")
+        if image_id not in images:
             raise ValueError(
-                f"{dataset}: reference {reference['ref_id']} is about image {reference['image_id']}, "
-                f"which {instances_file} does not list"
+                f"{reference.name} is about image {shown(image_id)}, which {instances_file} does not list"
             )
-        paths[reference["image_id"]] = _image_path(folders, images[reference["image_id"]]["file_name"])
+        paths[image_id] = _image_path(folders, images[image_id].filled_text("file_name"))
     require_images(dataset, root, paths.values())
+    for reference in chosen:
+        for number in _object_ids(reference):
+            if number not in annotations:
+                raise ValueError(
+                    f"{reference.name} names annotation {shown(number)}, which does not exist in {instances_file}"
+                )
     return _samples(dataset, split, layout.attribute, chosen, images, annotations, paths)
+
+
+def _references(dataset: str, path: Path, split: str) -> list[Record]:
+    """The references of a split, each called by its `ref_id`."""
+    content = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    references = []
+    for reference in records(content, str(path), "reference number"):
+        references.append(Record(reference.value, f"{path} reference {shown(reference.key('ref_id'))}"))
+    chosen = [reference for reference in references if _belongs(reference.text("split"), split)]
+    if not chosen:
+        found = ", ".join(sorted({reference.text("split") for reference in references})) or "none at all"
+        raise ValueError(f"{dataset} has no references in split {split!r}; {path} holds: {found}")
+    return chosen
 
 
 def _belongs(reference_split: str, split: str) -> bool:
@@ -121,24 +135,35 @@ def _image_path(folders: Sequence[Path], file_name: str) -> Path:
     return places[0] if len(places) == 1 else next((place for place in places if place.exists()), places[0])
 
 
-def _samples(dataset, split, attribute, references, images, annotations, paths) -> Iterator[Sample]:
+def _samples(dataset, split, attribute, references, images, annotations, paths) -> Iterator[Sample | Skipped]:
     for reference in references:
-        image = images[reference["image_id"]]
-        size = (int(image["height"]), int(image["width"]))
-        mask = _target(dataset, reference, annotations, size)
-        for number, sentence in enumerate(reference["sentences"]):
-            phrase = sentence["sent"].strip()
-            false = bool(sentence.get("is_false_premise", False)) or sentence.get("exist") is False
-            there = not false and not is_empty(mask)
-            yield Sample(
-                id=f"{dataset}-{split}-{reference['ref_id']}-{sentence.get('sent_id', number)}",
-                image=str(paths[reference["image_id"]]),
-                size=size,
-                attribute=_attribute(attribute, false),
-                phrases=(phrase,),
-                masks=(mask if there else None,),
-                correction=(sentence.get("gt_sent") or None) if false else None,
-            )
+        image_id, ref_id = reference.key("image_id"), reference.key("ref_id")
+        size = images[image_id].size()
+        ids = _object_ids(reference)
+        masks = [read_mask(annotations[key].take("segmentation"), size, annotations[key].name) for key in ids]
+        mask = union_mask(masks, size)
+        sentences = reference.records("sentences", "sentence")
+        if not sentences:
+            yield Skipped(reference.name, NO_WORDS)
+        for number, sentence in enumerate(sentences):
+            phrase = sentence.text("sent")
+            false = sentence.flag("is_false_premise") or ("exist" in sentence and not sentence.flag("exist"))
+            absent = false or (not ids and attribute == "gres")
+            if not phrase:
+                yield Skipped(sentence.name, NO_WORDS)
+            elif not absent and is_empty(mask):
+                yield Skipped(reference.name, NO_AREA if ids else NO_TARGET)
+            else:
+                sentence_id = sentence.key("sent_id") if "sent_id" in sentence else number
+                yield Sample(
+                    id=f"{dataset}-{split}-{ref_id}-{sentence_id}",
+                    image=str(paths[image_id]),
+                    size=size,
+                    attribute=_attribute(attribute, false),
+                    phrases=(phrase,),
+                    masks=(None if absent else mask,),
+                    correction=sentence.optional_text("gt_sent") if false else None,
+                )
 
 
 def _attribute(attribute: str, false: bool) -> str:
@@ -146,18 +171,9 @@ def _attribute(attribute: str, false: bool) -> str:
     return "fp_res" if false and attribute == "res" else attribute
 
 
-def _target(dataset: str, reference: dict, annotations: dict, size: tuple[int, int]) -> dict:
-    """The union of the objects a reference is about."""
-    ids = reference["ann_id"]
-    ids = [ids] if not isinstance(ids, (list, tuple)) else ids
-    masks = []
-    for annotation_id in ids:
-        if annotation_id == -1:
-            continue
-        if annotation_id not in annotations:
-            raise ValueError(
-                f"{dataset}: reference {reference['ref_id']} names annotation {annotation_id}, which does not exist"
-            )
-        name = f"{dataset}: annotation {annotation_id}"
-        masks.append(read_mask(annotations[annotation_id]["segmentation"], size, name))
-    return union_mask(masks, size)
+def _object_ids(reference: Record) -> list[int | str]:
+    """The annotations a reference is about; -1 stands for none."""
+    ids = reference.take("ann_id")
+    ids = ids if isinstance(ids, (list, tuple)) else [ids]
+    ids = [checked_key(number, f"{reference.name}: ann_id") for number in ids]
+    return [number for number in ids if number != -1]

@@ -3,13 +3,17 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from transformers.utils import logging
+
 from uground.training.data.hub_reader import read_hub
 from uground.training.data.muse_reader import read_muse
 from uground.training.data.reason_reader import LISA_PLUS, read_lisa_plus, read_reasonseg
 from uground.training.data.refer_reader import LAYOUTS, read_refer
-from uground.training.data.samples import Sample
+from uground.training.data.samples import Sample, SkipCount, Skipped
 from uground.training.data.semantic_reader import read_coco_parts, read_label_maps
 from uground.training.data.vqa_reader import read_llava_instruct
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,13 @@ class DatasetEntry:
     What there is to know of a dataset.
 
     Attributes:
-        read: `read(name, root, split)` yields its samples.
+        read: `read(name, root, split)` yields its samples, and what is skipped.
         splits: names of its splits.
         protocols: those its figures make sense under, the usual one first; none for data without masks.
         parts: splits that are part of another one.
     """
 
-    read: Callable[..., Iterator[Sample]]
+    read: Callable[..., Iterator[Sample | Skipped]]
     splits: tuple[str, ...]
     protocols: tuple[str, ...]
     parts: tuple[str, ...] = ()
@@ -79,9 +83,18 @@ DATASETS: dict[str, DatasetEntry] = {
 }
 
 
-def read_samples(dataset: str, root, split: str) -> Iterator[Sample]:
+def read_samples(dataset: str, root, split: str, skips: SkipCount | None = None) -> Iterator[Sample]:
     """
     Samples of a dataset, read from its original files.
+
+    An annotation that holds no words, or a target without a pixel, is left out: as a sample it would ask for nothing,
+    or teach that a thing is not there which is.
+
+    Args:
+        dataset: a name in `DATASETS`.
+        root: folder of the original files.
+        split: name of the split.
+        skips: counts what is left out; without it, a warning at the end says how much that was.
 
     Raises:
         ValueError: there is no such dataset or split, or an annotation does not make sense.
@@ -92,4 +105,15 @@ def read_samples(dataset: str, root, split: str) -> Iterator[Sample]:
     entry = DATASETS[dataset]
     if split not in entry.splits:
         raise ValueError(f"{dataset} has no split {split!r}; it has: {', '.join(entry.splits)}")
-    return entry.read(dataset, root, split)
+    return _kept(entry.read(dataset, root, split), f"{dataset}, split {split!r}", skips)
+
+
+def _kept(found: Iterator[Sample | Skipped], name: str, skips: SkipCount | None) -> Iterator[Sample]:
+    counted = SkipCount() if skips is None else skips
+    for one in found:
+        if isinstance(one, Skipped):
+            counted.add(one)
+        else:
+            yield one
+    if skips is None and counted.counts:
+        logger.warning(f"{name}: {counted}")

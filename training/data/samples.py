@@ -1,5 +1,6 @@
 """What a reader yields: one thing asked about one image, before `uground.training.data.wording` puts it in words."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 
@@ -38,3 +39,42 @@ class Sample:
 
     def __post_init__(self):
         assert len(self.phrases) == len(self.masks), f"{self.id}: one phrase per mask"
+
+
+NO_WORDS = "a query without words"
+NO_ANSWER = "an answer without words"
+NO_NAME = "a thing without a name"
+NO_AREA = "a target without area"
+NO_TARGET = "a query without a target"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """
+    What a reader yields for an annotation that says too little to be asked: it is neither a sample nor an error.
+
+    Attributes:
+        name: of the annotation, with its file.
+        reason: one of the above.
+    """
+
+    name: str
+    reason: str
+
+
+class SkipCount:
+    """How many annotations were left out, by reason, and which was the first of each."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, skipped: Skipped) -> None:
+        """Count one more."""
+        self.counts[skipped.reason] += 1
+        self._first.setdefault(skipped.reason, skipped.name)
+
+    def __str__(self) -> str:
+        """ "left out: 2 x a query without words (first: …)"; "" of none."""
+        parts = [f"{count} x {reason} (first: {self._first[reason]})" for reason, count in self.counts.items()]
+        return f"left out: {', '.join(parts)}" if parts else ""

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from uground.processing.image_reading import picture_errors
 from uground.training.data.class_names import ADE20K, COCO_STUFF
 from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
-from uground.training.data.masks import encode_mask, is_empty, read_mask, union_mask
-from uground.training.data.samples import Sample
+from uground.training.data.masks import encode_mask, is_empty, read_mask, shown, union_mask
+from uground.training.data.records import Record
+from uground.training.data.samples import NO_AREA, NO_NAME, Sample, Skipped
 
 UNLABELLED = 255
 
@@ -55,12 +57,13 @@ MAPS = {
 }
 
 
-def read_label_maps(dataset: str, root, split: str) -> Iterator[Sample]:
+def read_label_maps(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
     """
-    One sample per class and image of a dataset in `MAPS`.
+    One sample per class and image of a dataset in `MAPS`; a class whose name is blank is skipped.
 
     Raises:
-        OSError: files are missing. ValueError: a label has no name, or a map and its picture differ in size.
+        OSError: files are missing or unreadable.
+        ValueError: a label has no name, or a map and its picture differ in size.
     """
     layout = MAPS[dataset]
     root = checked_root(root, dataset)
@@ -79,14 +82,25 @@ def read_label_maps(dataset: str, root, split: str) -> Iterator[Sample]:
 def _mapillary_names(root: Path) -> tuple[str, ...]:
     path = first_existing(root, ("mapillary/config_v2.0.json", "config_v2.0.json"))
     require("mapillary", root, (path,))
-    return tuple(label["readable"].lower() for label in read_json(path)["labels"])
+    labels = Record(read_json(path), str(path)).records("labels", "label")
+    return tuple(label.text("readable").lower() for label in labels)
 
 
-def _map_samples(dataset, split, maps: list[Path], images: Path, names, first_label: int) -> Iterator[Sample]:
+def _read_labels(path: Path) -> np.ndarray:
+    """The label map `(H, W)` of a file: numbers of a palette count as they are, whatever their colours."""
+    with picture_errors(f"the label map {path}"), Image.open(path) as opened:
+        labels = np.asarray(opened)
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"the label map {path} must have one whole number per pixel, got {labels.dtype} {labels.shape}"
+        )
+    return labels
+
+
+def _map_samples(dataset, split, maps: list[Path], images: Path, names, first_label: int):
     for path in maps:
         picture = images / f"{path.stem}.jpg"
-        with Image.open(path) as opened:
-            labels = np.asarray(opened)
+        labels = _read_labels(path)
         size = image_size(picture)
         if labels.shape != size:
             raise ValueError(
@@ -96,9 +110,11 @@ def _map_samples(dataset, split, maps: list[Path], images: Path, names, first_la
         ignore = encode_mask(unlabelled) if unlabelled.any() else None
         for label in np.unique(labels[~unlabelled]).tolist():
             if label - first_label >= len(names):
-                raise ValueError(f"{dataset}: {path.name} holds label {label}, but there are {len(names)} classes")
+                raise ValueError(f"{dataset}: {path} holds label {label}, but there are {len(names)} classes")
             name = names[label - first_label]
-            if _askable(dataset, name):
+            if not name:
+                yield Skipped(f"{path} label {label}", NO_NAME)
+            elif _askable(dataset, name):
                 yield Sample(
                     id=f"{dataset}-{split}-{path.stem}-{label}",
                     image=str(picture),
@@ -133,11 +149,12 @@ COCO_FORM = {
 }
 
 
-def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample]:
+def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
     """
     One sample per class and image of a dataset in `COCO_FORM`; a class `object:part` is "the part of the object".
 
-    Crowds belong to their class like any object. A class whose objects have no area is left out.
+    Crowds belong to their class like any object. A class whose objects have no area, or whose name is blank, is
+    skipped.
 
     Raises:
         OSError: files are missing. ValueError: an annotation does not make sense.
@@ -146,41 +163,45 @@ def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample]:
     files, places, pictures = COCO_FORM[dataset]
     path = first_existing(root, places) / files[split]
     require(dataset, root, (path,))
-    content = read_json(path)
+    content = Record(read_json(path), str(path))
     folder = first_existing(root, pictures)
-    images = {image["id"]: image for image in content["images"]}
-    names = {category["id"]: part_name(category["name"]) for category in content["categories"]}
-    grouped: dict[int, dict[int, list[dict]]] = {}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in images:
-            raise ValueError(
-                f"{dataset}: annotation {annotation['id']} is about image {annotation['image_id']}, which {path} does "
-                "not list"
-            )
-        grouped.setdefault(annotation["image_id"], {}).setdefault(annotation["category_id"], []).append(annotation)
-    require_images(dataset, root, [folder / images[image]["file_name"] for image in grouped])
+    images = content.keyed_records("images", "image")
+    categories = content.keyed_records("categories", "category")
+    names = {number: part_name(category.text("name")) for number, category in categories.items()}
+    grouped: dict[int | str, dict[int | str, list[Record]]] = {}
+    for annotation in content.keyed_records("annotations", "annotation").values():
+        image, category = annotation.key("image_id"), annotation.key("category_id")
+        if image not in images:
+            raise ValueError(f"{annotation.name} is about image {shown(image)}, which {path} does not list")
+        if category not in names:
+            raise ValueError(f"{annotation.name} is of category {shown(category)}, which {path} does not list")
+        grouped.setdefault(image, {}).setdefault(category, []).append(annotation)
+    require_images(dataset, root, [folder / images[image].filled_text("file_name") for image in grouped])
     return _part_samples(dataset, split, grouped, images, names, folder)
 
 
-def _part_samples(dataset, split, grouped: dict, images: dict, names: dict, folder: Path) -> Iterator[Sample]:
+def _part_samples(dataset, split, grouped: dict, images: dict, names: dict, folder: Path):
     for image_id, by_category in grouped.items():
         image = images[image_id]
-        size = (int(image["height"]), int(image["width"]))
+        size = image.size()
         for category, annotations in by_category.items():
-            masks = [read_mask(one["segmentation"], size, f"{dataset}: annotation {one['id']}") for one in annotations]
-            mask = union_mask(masks, size)
-            if not is_empty(mask):
-                yield Sample(
-                    id=f"{dataset}-{split}-{image_id}-{category}",
-                    image=str(folder / image["file_name"]),
-                    size=size,
-                    attribute="res",
-                    phrases=(names[category],),
-                    masks=(mask,),
-                )
+            mask = union_mask([read_mask(one.take("segmentation"), size, one.name) for one in annotations], size)
+            if not names[category] or is_empty(mask):
+                yield Skipped(annotations[0].name, NO_AREA if names[category] else NO_NAME)
+                continue
+            yield Sample(
+                id=f"{dataset}-{split}-{image_id}-{category}",
+                image=str(folder / image.filled_text("file_name")),
+                size=size,
+                attribute="res",
+                phrases=(names[category],),
+                masks=(mask,),
+            )
 
 
 def part_name(name: str) -> str:
-    """ "mug_(cup):handle" → "the handle of the mug"; "mug_(cup)" → "mug"."""
-    words = [part.split("_(")[0].strip().replace("_", " ") for part in name.split(":")]
+    """ "mug_(cup):handle" → "the handle of the mug"; "mug_(cup)" → "mug"; "" where a part of it is blank."""
+    words = [part.split("_(")[0].replace("_", " ").strip() for part in name.split(":")]
+    if not all(words):
+        return ""
     return f"the {words[1]} of the {words[0]}" if len(words) == 2 else words[0]
