@@ -1,6 +1,7 @@
 """The base class of our models: how weights begin, and how a checkpoint is loaded or refused."""
 
 import copy
+import re
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
 from .library_compat import hush_hub_kernel
-from .prompts import SimilarityScaling
+from .similarity import SimilarityScaling
 from .weight_kinds import dtypes_of, stored_dtypes, wrong_kinds
 
 # Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
@@ -31,8 +32,10 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # Of release 0.1.0: what training held rewards against lay among the weights.
+    _keys_to_ignore_on_load_unexpected = [r"layer_policy\.(reward_ema|reward_updates|critic\..*)"]
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
-    _no_split_modules = ["MaskDecoder"]
+    _no_split_modules = ["SamHead"]
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -44,8 +47,6 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LayerPolicy):
             init.zeros_(module.gates)
-            init.zeros_(module.reward_ema)
-            init.zeros_(module.reward_updates)
         elif isinstance(module, SimilarityScaling) and module.bias is not None:
             init.zeros_(module.bias)
 
@@ -105,6 +106,8 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         if state_dict is None:
             for file in checkpoint_files or []:
                 stored |= stored_dtypes(file, load_config.weights_only)
+        dropped = "|".join(model._keys_to_ignore_on_load_unexpected or ())
+        stored = {name: dtype for name, dtype in stored.items() if not re.search(dropped or "$^", name)}
         is_packed = load_config.hf_quantizer is not None and load_config.hf_quantizer.pre_quantized
         misfits = wrong_kinds(model, stored, UNQUANTIZED if is_packed else None)
         _refuse_misfits(load_config.pretrained_model_name_or_path, ("of the wrong type", misfits))
