@@ -199,6 +199,63 @@ def test_tensors_of_lmm_and_sam_are_named_too(copied):
     )
 
 
+RETYPED = {
+    "mask path": ("segment_projection.linear_1.weight", torch.int32, "I32", "float"),
+    "policy": ("layer_policy.gates", torch.int64, "I64", "float"),
+    "bytes": ("similarity_scaling.bias", torch.int8, "I8", "float"),
+    "truth": ("mask_decoder.sam.mask_decoder.iou_token.weight", torch.bool, "BOOL", "float"),
+    "language model": ("lmm.language_model.model.norm.weight", torch.uint8, "U8", "float"),
+    "eight bits": ("segment_projection.linear_2.weight", torch.float8_e4m3fn, "F8_E4M3", "float"),
+    "complex": ("layer_policy.reward_ema", torch.complex64, "C64", "float"),
+    "counter": ("layer_policy.reward_updates", torch.float32, "F32", "integer"),
+    "true counter": ("layer_policy.reward_updates", torch.bool, "BOOL", "integer"),
+}
+
+
+@pytest.mark.parametrize("name, dtype, got, expected", RETYPED.values(), ids=RETYPED)
+def test_a_tensor_of_another_kind_of_number_is_named(copied, name, dtype, got, expected):
+    edit_weights(copied, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    sentence = (
+        rf"weights in .* do not fit the model; tensors of the wrong type: {name} \(got {got}, expected {expected}\)$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load(copied)
+
+
+def test_a_tensor_of_another_kind_is_named_in_shards_pickles_and_state_dicts(folder, tmp_path):
+    def retype(tensors):
+        return {**tensors, "layer_policy.gates": tensors["layer_policy.gates"].int()}
+
+    wrong = r"wrong type: layer_policy.gates \(got I32, expected float\)$"
+    model = load(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    for shard in (tmp_path / "shards").glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "layer_policy.gates" in tensors:
+            save_file(retype(tensors), shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=wrong):
+        load(tmp_path / "shards")
+    plain = shutil.copytree(folder, tmp_path / "pickle")
+    tensors = load_file(plain / WEIGHTS)
+    (plain / WEIGHTS).unlink()
+    torch.save(tensors, plain / "pytorch_model.bin")
+    assert_identical(load(plain).state_dict(), model.state_dict())
+    torch.save(retype(tensors), plain / "pytorch_model.bin")
+    wrong = wrong.replace("I32", "int32")
+    with pytest.raises(ValueError, match=wrong):
+        load(plain)
+    with pytest.raises(ValueError, match=wrong):
+        load(None, config=model.config, state_dict=retype(tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions_are_no_other_kind(copied, dtype):
+    edit_weights(
+        copied, lambda tensors: tensors.update({"layer_policy.gates": tensors["layer_policy.gates"].to(dtype)})
+    )
+    assert load(copied).layer_policy.gates.dtype == torch.float32
+
+
 def test_all_problems_are_told_at_once(copied):
     def edit(tensors):
         del tensors["segment_projection.linear_1.bias"]

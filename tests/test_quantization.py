@@ -4,6 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny import SEGMENT_TOKEN, tiny_config, tiny_inputs
 from tiny_processor import tiny_processor
 from tiny_training import example, tiny_trainer
@@ -99,3 +100,22 @@ def test_an_adapter_is_trained_on_quantised_weights(checkpoint, tmp_path, kind):
     with torch.no_grad():
         wanted, found = (one(**inputs, layer_selection="last").mask_logits for one in (trained, again))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_quantised_weights_load_again_and_their_mask_path_is_looked_at(checkpoint, tmp_path, kind):
+    """Packed weights are bytes by design; what was left as it is must still hold numbers with a fraction."""
+    model = UGroundForReferringSegmentation.from_pretrained(checkpoint, quantization_config=KINDS[kind]).eval()
+    model.save_pretrained(tmp_path)
+    again = UGroundForReferringSegmentation.from_pretrained(tmp_path).eval()
+    assert quantised(again) == quantised(model)
+    inputs = tiny_inputs(ROWS)
+    with torch.no_grad():
+        wanted, found = (one(**inputs, layer_selection="last").logits for one in (model, again))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any(value.dtype in (torch.uint8, torch.int8) for value in tensors.values())
+    name = "segment_projection.linear_1.weight"
+    save_file({**tensors, name: tensors[name].int()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"of the wrong type: {name} \(got I32, expected float\)$"):
+        UGroundForReferringSegmentation.from_pretrained(tmp_path)

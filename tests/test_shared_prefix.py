@@ -6,7 +6,7 @@ from tiny import END_TOKEN, IMAGE_TOKEN, SEGMENT_TOKEN, say_only, tiny_inputs, t
 from transformers import BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList
 
 from uground.modeling_uground.mask_decoder import mask_overlap
-from uground.modeling_uground.modeling_uground import keep_mask_path
+from uground.modeling_uground.pretrained_uground import keep_mask_path
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
 FIELDS = ("layer_logits", "layer_index", "similarity", "similarity_map", "mask_logits", "iou_scores", "token_scores")
