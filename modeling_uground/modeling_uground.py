@@ -92,6 +92,17 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     def set_decoder(self, decoder):
         self.lmm.set_decoder(decoder)
 
+    def enable_input_require_grads(self):
+        """Of words only: encoders of images that are frozen would build a graph for nothing."""
+        decoder = self.lmm.get_decoder()
+        # Once, however often it is asked for: only the hooks of the last time are known to be taken back.
+        decoder.disable_input_require_grads()
+        decoder.enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        """Take back [`enable_input_require_grads`]."""
+        self.lmm.get_decoder().disable_input_require_grads()
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
         return self.lmm.resize_token_embeddings(*args, **kwargs)

@@ -4,7 +4,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from processes import forget_process_group
-from tiny import tiny_model
+from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_training import dataset, example, losses_of, tiny_trainer
 from transformers import TrainerCallback
 
@@ -59,14 +59,30 @@ CASES = {
     "critic": (MIXED, "critic", {"max_steps": 3}),
     "segments in one process only": (ONE_SIDED, "ema", {"policy_samples": 2}),
     "no segment at all": (NO_SEGMENT, "critic", {"policy_samples": 2}),
+    # Of the second step of an epoch, the second process holds repeated items only.
+    "a rest that fills no batch": (MIXED[:5], "ema", {"policy_samples": 2, "max_steps": 4}),
 }
+# Items, items per batch and process, whether training leaves out a rest: in the last batches of two processes there
+# are repeated items, in one or in both.
+EVALUATIONS = [(3, 1, False), (3, 2, False), (3, 4, True), (5, 2, False), (8, 2, False)]
+
+
+def evaluate(folder, count: int, batch: int, drop_last: bool = False) -> dict[str, float]:
+    """Figures of an evaluation, of what is written too."""
+    model = policy_model("ema").eval()
+    model.generation_config.suppress_tokens = say_only(SEGMENT_TOKEN)
+    settings = {"eval_generate_count": 3, "eval_max_new_tokens": 4, "dataloader_drop_last": drop_last}
+    evaluated = {"eval_dataset": dataset(MIXED[:count])}
+    trainer = tiny_trainer(folder, MIXED, model, trainer=evaluated, per_device_eval_batch_size=batch, **settings)
+    return trainer.evaluate()
 
 
 def all_cases(rank: int, folder) -> dict:
     """Every case in one pair of processes, then a sharded run: starting a process takes longer than all of them."""
     plain = {name: train(folder / name, items, baseline, 2, **more) for name, (items, baseline, more) in CASES.items()}
+    evaluated = [evaluate(folder / "evaluated", *settings) for settings in EVALUATIONS]
     forget_process_group()
-    return {"plain": plain, "sharded": train_sharded(folder / "sharded")}
+    return {"plain": plain, "evaluated": evaluated, "sharded": train_sharded(folder / "sharded")}
 
 
 def train_sharded(folder) -> dict:

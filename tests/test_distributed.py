@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from distributed_jobs import CASES, MIXED, all_cases, policy_model, train
+from distributed_jobs import CASES, EVALUATIONS, MIXED, all_cases, evaluate, policy_model, train
 from processes import run_in_processes
+
+TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,19 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, pair, case):
     assert first["average"] == second["average"] == pytest.approx(alone["average"], abs=1e-5)
     means = {name: value for name, value in alone["log"].items() if "/" in name}
     assert {name: first["log"][name] for name in means} == pytest.approx(means, abs=1e-5)
+
+
+@pytest.mark.parametrize("number", range(len(EVALUATIONS)))
+def test_two_processes_evaluate_each_item_once(tmp_path, pair, number):
+    count, batch, drop_last = EVALUATIONS[number]
+    first, second = (result["evaluated"][number] for result in pair[1])
+    names = {name for name in first if name.startswith("eval_") and name not in TIMES}
+    assert {"eval_loss", "eval_loss/text", "eval_loss/mask_dice", "eval_policy/entropy", "eval_giou"} <= names
+    for items_per_batch in (1, count):
+        alone = evaluate(tmp_path, count, items_per_batch, drop_last)
+        expected = pytest.approx({name: alone[name] for name in names}, abs=1e-5)
+        assert {name: first[name] for name in names} == expected
+        assert {name: second[name] for name in names} == expected
 
 
 def test_sharded_processes_train_evaluate_and_save_as_one_does(tmp_path, pair):

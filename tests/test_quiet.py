@@ -1,4 +1,4 @@
-"""What README and docs tell a user to run prints no warning: neither one of ours nor one of a library that we provoke."""
+"""What README and docs tell a user to run prints no warning, of ours or of a library that we provoke."""
 
 import os
 import re

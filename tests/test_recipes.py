@@ -1,6 +1,7 @@
 """Every recipe is read and runs two steps on a tiny stand-in; so does the command, from a user's own file."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from trl import TrlParser
 
 from uground.hub.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
+from uground.training.pretrain import main as pretrain
 from uground.training.trainer import UGroundTrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -188,3 +190,108 @@ def test_a_finished_run_that_was_told_something_else_is_refused(stand_in, tmp_pa
         SystemExit, match="^finetune: the run in .* cannot go on from checkpoint-2, because learning_rate"
     ):
         main(command(stand_in, tmp_path, **settings, learning_rate="0.5"))
+
+
+def contents(folder: Path) -> dict:
+    """Bytes and time of every file in a folder."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+SAVING = {
+    "steps": {"save_strategy": "steps", "save_steps": "1", "save_total_limit": "1"},
+    "epochs": {"save_strategy": "epoch", "max_steps": "-1", "num_train_epochs": "1", "report_to": "tensorboard"},
+    "at the end only": {"save_strategy": "no"},
+    # The steps are so long that the first one is the best, so that the last checkpoint goes.
+    "the best": {
+        "save_strategy": "steps",
+        "save_steps": "1",
+        "save_total_limit": "1",
+        "eval_strategy": "steps",
+        "eval_steps": "1",
+        "load_best_model_at_end": "true",
+        "learning_rate": "10.0",
+    },
+    "adapters": {"save_strategy": "steps", "save_steps": "2", "lora_rank": "2"},
+}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+def test_a_finished_run_given_again_says_so_and_writes_nothing(stand_in, tmp_path, saving, capsys):
+    arguments = command(stand_in, tmp_path, **SAVING[saving], eval_data=stand_in / "mine.jsonl")
+    main(arguments)
+    assert saving != "the best" or not (tmp_path / "checkpoint-2").exists()
+    assert "fine-tuning on cpu in float32" in capsys.readouterr().out
+    before = contents(tmp_path)
+    main(arguments)
+    steps = 3 if saving == "epochs" else 2
+    said = f"the run in {tmp_path} is finished, with {steps} steps: nothing is trained or written"
+    assert capsys.readouterr().out.strip() == said
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_comes_back_with_its_weights(stand_in, tmp_path):
+    arguments = parse(command(stand_in, tmp_path, learning_rate="0.01"))
+    trained = finetune(*arguments).model.state_dict()
+    again = finetune(*arguments)
+    assert again.state.global_step == 2
+    assert all(torch.equal(value, trained[name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_run_killed_at_its_very_end_is_saved_and_not_trained_further(stand_in, tmp_path):
+    arguments = command(stand_in, tmp_path, save_strategy="steps", save_steps="2", save_total_limit="1")
+    main(arguments)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    main(arguments)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "finished.json").is_file()
+
+
+def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": "2", "lr_scheduler_type": "constant"}
+    main(command(stand_in, tmp_path / "parts", **settings))
+    main(command(stand_in, tmp_path / "parts", **settings, max_steps="4"))
+    main(command(stand_in, tmp_path / "whole", **settings, max_steps="4"))
+    parts, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole"))
+    assert parts == whole
+    main(command(stand_in, tmp_path / "linear", **{**settings, "lr_scheduler_type": "linear"}))
+    longer = command(stand_in, tmp_path / "linear", **{**settings, "lr_scheduler_type": "linear", "max_steps": "4"})
+    with pytest.raises(
+        SystemExit, match=r"^finetune: the run in .* cannot go on .*, because max_steps was 2 and is 4"
+    ):
+        main(longer)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "limit"),
+    [("seed", -1, 2**32), ("seed", 2**32, 2**32), ("data_seed", 10**30, 2**63), ("scene_seed", 2**32, 2**32)],
+)
+def test_a_seed_that_is_too_large_is_refused_in_a_sentence(stand_in, tmp_path, name, seed, limit):
+    said = f"seed must be in 0..{limit - 1}, got {seed}"
+    with pytest.raises(SystemExit, match=f"^finetune: .*{said}"):
+        main(command(stand_in, tmp_path, train_data="scenes", **{name: seed}))
+
+
+def test_the_largest_seeds_train(stand_in, tmp_path):
+    seeds = {"seed": 2**32 - 1, "data_seed": 2**63 - 1, "scene_seed": 2**32 - 1}
+    main(command(stand_in, tmp_path, train_data="scenes", scene_count="2", max_steps="1", **seeds))
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_machine_without_an_accelerator_computes_in_float32_unless_told_otherwise(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = {"output_dir": str(tmp_path), "report_to": "none"}
+    for asked in ({}, {"bf16": True}, {"fp16": True}):
+        config = UGroundTrainingConfig(**settings, **asked, dataloader_num_workers=1000)
+        assert config.use_cpu and not config.bf16 and not config.fp16 and not config.dataloader_pin_memory
+        assert 1 <= config.dataloader_num_workers <= os.cpu_count()
+    assert UGroundTrainingConfig(**settings, bf16=True, use_cpu=True).bf16
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_pretraining_refuses_a_seed_that_is_too_large(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(["sam", "--output", str(tmp_path / "sam"), "--seed", str(2**64)])
+    assert f"--seed must be in 0..{2**32 - 1}, got {2**64}" in capsys.readouterr().err

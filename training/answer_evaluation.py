@@ -98,6 +98,7 @@ class AnswerEvaluation:
         batch_size: items per pass.
         max_new_tokens: most tokens of an answer.
         overlays: how many answers to draw.
+        layer_selection: the layers masks are read at, as for `segment`.
     """
 
     processor: object
@@ -105,6 +106,7 @@ class AnswerEvaluation:
     batch_size: int
     max_new_tokens: int
     overlays: int
+    layer_selection: str | int | None = None
 
     @torch.no_grad()
     def __call__(self, model, dataset, count: int, accelerator, in_step: bool = False):
@@ -122,14 +124,12 @@ class AnswerEvaluation:
         if not in_step:
             chosen = chosen[accelerator.process_index :: accelerator.num_processes]
         written, pictures = WrittenCounts(), []
-        # Drawing layers must not change what the training draws next.
-        with torch.random.fork_rng():
-            for start in range(0, len(chosen), self.batch_size):
-                items = [dataset[index] for index in chosen[start : start + self.batch_size]]
-                for example, image, prediction in self._predict(model, items):
-                    written.add(self.processor, example, prediction)
-                    if len(pictures) < self.overlays and accelerator.is_main_process:
-                        pictures.append(draw_comparison(image, example, prediction))
+        for start in range(0, len(chosen), self.batch_size):
+            items = [dataset[index] for index in chosen[start : start + self.batch_size]]
+            for example, image, prediction in self._predict(model, items):
+                written.add(self.processor, example, prediction)
+                if len(pictures) < self.overlays and accelerator.is_main_process:
+                    pictures.append(draw_comparison(image, example, prediction))
         if not in_step:
             shares, written = gather_object([written]), WrittenCounts()
             for share in shares:
@@ -142,7 +142,7 @@ class AnswerEvaluation:
         images = [read_image(item["image"], "the image") for item in items]
         prompts = [[self.collator.prompt(example) for example in group] for group in groups]
         inputs = self.processor(images, prompts).to(model.device)
-        outputs = model.segment(**inputs, max_new_tokens=self.max_new_tokens)
+        outputs = model.segment(**inputs, max_new_tokens=self.max_new_tokens, layer_selection=self.layer_selection)
         queries = [example["query"] for group in groups for example in group]
         predictions = self.processor.post_process_instance_segmentation(outputs, queries=queries)
         examples = [(example, image) for group, image in zip(groups, images, strict=True) for example in group]

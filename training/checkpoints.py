@@ -2,7 +2,7 @@
 
 A checkpoint counts once `complete.json` lies in it, which is written last and lists every file with its size; one that
 a kill left half-written has no such file, or does not fit it. `run.json` beside the weights says what the run was told
-that matters to its result.
+that matters to its result. `finished.json` in the folder of the run says that it made all its steps and saved its end.
 """
 
 import json
@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 COMPLETE_FILE = "complete.json"
 RUN_FILE = "run.json"
+FINISHED_FILE = "finished.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # Of the training arguments, what changes the weights a run ends with. The batch is recorded as a whole: how it is laid
 # out in processes and micro-batches does not matter.
@@ -67,7 +68,9 @@ def run_record(args, extra: dict | None = None) -> dict:
         extra: more of it, such as what the data are.
     """
     names = SETTINGS_THAT_MATTER
-    if not str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant"):
+    is_constant = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).startswith("constant")
+    # A warm-up of less than one step is a share of the run.
+    if not is_constant or 0 < args.warmup_steps < 1:
         names += LENGTH_SETTINGS
     record = {name: getattr(args, name) for name in names}
     record["batch size of a step"] = (
@@ -97,6 +100,26 @@ def check_same_run(checkpoint: Path, record: dict) -> None:
             f"the run in {Path(checkpoint).parent} cannot go on from {Path(checkpoint).name}, because "
             f"{'; '.join(changes)}: set it back, or name another output_dir for a new run"
         )
+
+
+def mark_finished(folder: str | os.PathLike, record: dict, steps: int) -> None:
+    """Write that a run, told what `record` says, has made all its `steps` and saved its end in `folder`."""
+    text = json.dumps({"steps": steps, "run": record}, indent=1) + "\n"
+    (Path(folder) / FINISHED_FILE).write_text(text, encoding="utf-8")
+
+
+def mark_unfinished(folder: str | os.PathLike) -> None:
+    """Take back what [`mark_finished`] wrote, if anything."""
+    (Path(folder) / FINISHED_FILE).unlink(missing_ok=True)
+
+
+def finished_steps(folder: str | os.PathLike, record: dict) -> int:
+    """How many steps a finished run in `folder` has made that was told what `record` says; 0 if there is none."""
+    path = Path(folder) / FINISHED_FILE
+    if not path.is_file():
+        return 0
+    finished = json.loads(path.read_text(encoding="utf-8"))
+    return finished["steps"] if finished["run"] == record else 0
 
 
 def mark_complete(checkpoint: Path, record: dict) -> None:

@@ -1,10 +1,11 @@
 """Fine-tune a UGround checkpoint.
 
-    accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
-    accelerate launch -m uground.training.finetune --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
+    python -m uground.training.finetune --config recipes/tiny.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m uground.training.finetune \\
+        --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
 
 A recipe is a yaml file of the flags below; flags on the command line win over it. A run that was interrupted goes on
-from its last whole checkpoint when the same command is given again.
+from its last whole checkpoint when the same command is given again; one that is finished stays as it is.
 """
 
 import sys
@@ -16,6 +17,7 @@ from trl import TrlParser
 
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.training.adapters import lora_config, quantization_config, with_adapter, with_saved_adapter
+from uground.training.checkpoints import finished_steps, mark_finished, mark_unfinished
 from uground.training.data import scene_dataset
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import prepared_dataset
@@ -157,9 +159,17 @@ def load_model(arguments: FinetuneArguments):
     return model, processor
 
 
+def precision_of(config: UGroundTrainingConfig) -> str:
+    """Name of the dtype a run computes in."""
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(config.mixed_precision, "float32")
+
+
 def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGroundTrainer:
     """
     Train as told and save model, processor and recipe to `config.output_dir`, going on from a whole checkpoint there.
+
+    A run that is finished already is left as it is, which is said; the trainer then holds its weights, unless they are
+    sharded.
 
     Raises:
         ValueError: something that was passed does not make sense, or the run found there was told something else.
@@ -184,11 +194,24 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
     )
     checkpoint = trainer.resumable_checkpoint()
+    done = finished_steps(config.output_dir, trainer.run_record)
+    if done and done >= trainer.total_steps():
+        trainer.load_finished(config.output_dir, done)
+        if trainer.is_world_process_zero():
+            print(f"the run in {config.output_dir} is finished, with {done} steps: nothing is trained or written")
+        return trainer
+    # Before anybody changes what others look for.
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        mark_unfinished(config.output_dir)
         # First: saving may publish, with a card that tells the recipe.
         write_recipe(config.output_dir, arguments, config)
+        print(f"fine-tuning on {trainer.accelerator.device.type} in {precision_of(config)}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        mark_finished(config.output_dir, trainer.run_record, trainer.state.global_step)
     return trainer
 
 

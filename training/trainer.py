@@ -6,35 +6,32 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from uground.hub.trainer_push import HubPushMixin
 from uground.modeling_uground.layer_policy import LayerPolicy
 from uground.training.adapters import trainable_in_float32
 from uground.training.answer_evaluation import AnswerEvaluation
-from uground.training.checkpoints import (
-    COMPLETE_FILE,
-    check_same_run,
-    last_complete_checkpoint,
-    mark_complete,
-    run_record,
-)
+from uground.training.checkpoints import COMPLETE_FILE, mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
+from uground.training.model_state import CPU_PACKING, float32_buffers, left_as_found, marks_of
 from uground.training.policy_draws import PolicyDraws, PolicyLoss, drawn_layers, policy_loss, segment_uniforms
+from uground.training.repeated_items import count_only, own_images
+from uground.training.resume import ResumeMixin
 from uground.training.running_means import RunningMeans
 from uground.training.sam_cache import SamEmbeddingCache, cached_encoding
 from uground.training.training_config import UGroundTrainingConfig, freeze, freeze_unused
 from uground.training.training_pictures import draw_histogram, send_pictures
 
-# Names of the modules that see images only; frozen, they run without a graph.
-ENCODERS = ("vision_tower", "vision_encoder")
+# Rules that draw layers; evaluation takes the likeliest instead, so that its figures do not hang on the draws.
+DRAWING_RULES = ("sample", "mc")
 # Samples named in an error message; more would hide the sentence.
 NAMES_SHOWN = 10
 
 
-class UGroundTrainer(HubPushMixin, SFTTrainer):
+class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     """
     Trains `UGroundForReferringSegmentation` on examples of the common schema.
 
@@ -42,8 +39,15 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
     before its weight, reward, baseline and advantage, the entropy of the layer policy in nats, and the share of
     segments that left at each layer (`layer/0` … `layer/L`, and as a picture in TensorBoard).
 
+    Evaluation gives the same figures in any number of processes and with any batch size: means over all segments
+    (text: tokens) of the data, each item once and none left out. Layers are those of the config's rule; where that one
+    draws, the likeliest.
+
     A checkpoint of this trainer ends with a list of its files, without which it does not count; see
     [`resumable_checkpoint`].
+
+    The model is left as it came, but for its weights, its device and `requires_grad`, which says what was trained: no
+    hook, flag or replaced method outlives [`train`] or [`evaluate`], however they end.
 
     Args:
         model: the model, or a peft model of it; adapters also come through `peft_config` as with `SFTTrainer`.
@@ -72,20 +76,22 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
         if args.ddp_find_unused_parameters is None:
             # Every trained parameter is used in every batch: `connected_zero` and the collator see to it.
             args.ddp_find_unused_parameters = False
-        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        use_cache = marks_of(model.config, ("use_cache",))
+        with left_as_found(model):
+            super().__init__(
+                model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs
+            )
         if is_peft_model(self.model):
             # `SFTTrainer` turns what is trained on quantised weights to bfloat16.
             trainable_in_float32(self.model)
         bare = self.bare_model
+        vars(bare.config).pop("use_cache", None)
+        vars(bare.config).update(use_cache)
+        if args.gradient_checkpointing:
+            bare.disable_input_require_grads()
         freeze_unused(bare, args.loss_weights(), draws_layers)
-        for name, module in bare.named_modules():
-            if name.split(".")[-1] in ENCODERS and not any(p.requires_grad for p in module.parameters()):
-                # Gradient checkpointing with adapters makes the encoders' inputs require gradients.
-                module.forward = torch.no_grad()(module.forward)
-        for module in bare.modules():
-            if isinstance(module, LayerPolicy):
-                # A moving average in bfloat16 would stand still.
-                module.reward_ema = module.reward_ema.float()
+        # What accelerate has put around the model, kept from one call to the next.
+        self._preparation: dict = {}
         self.mixture = mixture
         self.run_record = run_record(args, data_record)
         self._weights = args.loss_weights()
@@ -102,11 +108,16 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
             **dict.fromkeys(by_segment, "segments"),
             **dict.fromkeys(drawn, "drawn segments"),
         }
-        self._means = {mode: RunningMeans(denominators) for mode in ("train", "eval")}
+        self._denominators = denominators
+        self._gathers_to_segment = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what an earlier, perhaps broken-off call has added up."""
+        self._means = {mode: RunningMeans(self._denominators) for mode in ("train", "eval")}
         # Learnt tokens and masks of the step, over all its micro-batches and processes.
         self._step_totals = torch.ones(2)
         self._rewards = torch.zeros(2)
-        self._gathers_to_segment = False
 
     @property
     def bare_model(self):
@@ -114,53 +125,58 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
 
-    def resumable_checkpoint(self) -> str | None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """
-        The newest whole checkpoint in `output_dir`, for `train(resume_from_checkpoint=…)`; `None` without any.
+        As `Trainer.train`, but a checkpoint of a run that has made all its steps is loaded and not trained further.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or `True` for the [`resumable_checkpoint`].
 
         Raises:
-            ValueError: it is of a run that was told something else that matters; the sentence says what.
+            ValueError: it is `True` and there is none, or that is of another run.
         """
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if checkpoint is None:
-            return None
-        check_same_run(checkpoint, self.run_record)
-        return str(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """
-        Weights of a checkpoint to go on from.
-
-        `Trainer` compares names in the file with names in the model and passes over what differs; a LLaVA is saved
-        under other names than it has, so a whole model is loaded by `from_pretrained`, which knows both and is strict.
-        """
-        if self._is_plain_model():
-            self._load_whole_model(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        if self._is_plain_model():
-            self._load_whole_model(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _is_plain_model(self) -> bool:
-        """Neither adapters nor sharded weights: one file holds what `self.model` holds."""
-        return not (is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def _load_whole_model(self, folder) -> None:
-        loaded = type(self.bare_model).from_pretrained(folder, dtype=self.bare_model.dtype)
-        self.bare_model.load_state_dict(loaded.state_dict())
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.resumable_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        self._begin()
+        self._preparation.clear()
+        policies = [module for module in self.bare_model.modules() if isinstance(module, LayerPolicy)]
+        with ExitStack() as stack:
+            stack.enter_context(left_as_found(self.model, self._preparation))
+            # A moving average in bfloat16 would stand still.
+            stack.enter_context(float32_buffers(policies, "reward_ema"))
+            if self.args.gradient_checkpointing:
+                # Gradients must pass through what is checkpointed, also where all that it reads is frozen.
+                self.bare_model.enable_input_require_grads()
+                stack.callback(self.bare_model.disable_input_require_grads)
+            if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
+                return self._load_end(resume_from_checkpoint)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.is_in_train = False
+                if (noise := getattr(self, "neftune_hook_handle", None)) is not None:
+                    noise.remove()
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """Also count what the step holds over all its micro-batches and processes: what sums are divided by."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples and not self.args.dataloader_drop_last:
+            samples[-1] = self._without_repeats(samples[-1], self.train_dataset)
         tokens = sum(int((batch["labels"][..., 1:] != IGNORED_LABEL).sum()) for batch in samples)
         masks = sum(len(batch["segment_keys"]) for batch in samples)
         totals = torch.tensor([float(tokens), float(masks)], device=device)
         self._step_totals = self.accelerator.reduce(totals, reduction="sum").clamp_min(1.0)
         return samples, self._step_totals[0]
+
+    def _without_repeats(self, batch: dict, dataset) -> dict:
+        """A batch in which nothing counts that other batches hold already; only the last of an epoch can be such."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1 or not accelerator.gradient_state.end_of_dataloader:
+            return batch
+        place = (accelerator.num_processes, accelerator.process_index)
+        return count_only(batch, own_images(len(batch["original_sizes"]), len(dataset), *place))
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -213,21 +229,23 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
                 draws = stack.enter_context(drawn_layers(bare, uniforms))
             elif model.training:
                 selection = self.args.train_layer_selection
+            else:
+                selection = self._evaluated_layers()
             cached = cached_encoding(bare.mask_decoder, self._sam_cache, inputs.get("frame_keys", []), self._all_found)
             stack.enter_context(cached)
             outputs = model(**model_inputs, num_items_in_batch=step_tokens, layer_selection=selection)
         return outputs, draws
 
+    def _evaluated_layers(self) -> str | int:
+        rule = self.bare_model.config.layer_selection
+        return "argmax" if rule in DRAWING_RULES else rule
+
     def _all_found(self, found: bool) -> bool:
         """Whether all processes found their images cached, where parameters are sharded; elsewhere this one."""
-        if not self._is_sharded:
+        if not self.is_sharded:
             return found
         missing = torch.tensor(float(not found), device=self.accelerator.device)
         return self.accelerator.reduce(missing, reduction="sum").item() == 0
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _policy_loss(self, draws: PolicyDraws, rewards: torch.Tensor) -> PolicyLoss:
         """REINFORCE with a reward per segment; remembers the rewards for the moving average."""
@@ -293,16 +311,60 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
                 send_pictures(self.callback_handler.callbacks, pictures, self.state.global_step)
         super().log(logs, start_time)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """All of the data, also where training leaves out the rest of an epoch that fills no batch."""
+        with self._dropping_nothing():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As [`get_eval_dataloader`]."""
+        with self._dropping_nothing():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _dropping_nothing(self):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As `Trainer.evaluate`."""
+        with self._evaluating():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As `Trainer.predict`."""
+        with self._evaluating():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self):
+        with left_as_found(self.model, self._preparation):
+            for module in self.model.modules():
+                if hasattr(module, CPU_PACKING):
+                    setattr(module, CPU_PACKING, False)
+            yield
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        inputs = self._without_repeats(inputs, self.callback_handler.eval_dataloader.dataset)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Also the exact means of every term, and figures of generated answers."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = self._means["eval"].reduce(self.accelerator)
-        terms = {name.removeprefix("loss/"): value for name, value in figures.items() if name.startswith("loss/")}
-        terms["entropy"] = figures.get("policy/entropy", 0.0)
-        if terms.get("text") is not None:
+        device = self.accelerator.device
+        devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+        # Evaluating must not change what the training draws next.
+        with torch.random.fork_rng(devices, device_type=kind):
+            self._means["eval"] = RunningMeans(self._denominators)
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            figures = self._means["eval"].reduce(self.accelerator)
+            terms = {name: figures.get(f"loss/{name}", 0.0) for name in ("text", *GROUNDING_TERMS)}
+            terms["entropy"] = figures.get("policy/entropy", 0.0)
             figures["loss"] = float(self._weights.total(terms))
-        if self.args.eval_generate_count:
-            figures |= self._evaluate_answers(dataloader.dataset)
+            if self.args.eval_generate_count:
+                figures |= self._evaluate_answers(dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
@@ -319,9 +381,10 @@ class UGroundTrainer(HubPushMixin, SFTTrainer):
             self.args.eval_batch_size,
             self.args.eval_max_new_tokens,
             self.args.eval_overlays,
+            self._evaluated_layers(),
         )
         count = self.args.eval_generate_count
-        figures, pictures = evaluation(model, dataset, count, self.accelerator, in_step=self._is_sharded)
+        figures, pictures = evaluation(model, dataset, count, self.accelerator, in_step=self.is_sharded)
         named = {f"answers/{number}": picture for number, picture in enumerate(pictures)}
         send_pictures(self.callback_handler.callbacks, named, self.state.global_step)
         return figures

@@ -4,15 +4,17 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from uground.processing.job_processes import is_job_on_cpus
 from uground.training.grounding_loss import MapTarget
 from uground.training.losses import LossWeights
 
 # Frozen as in the official scripts: the LMM's vision tower, and what SAM makes of an image before any prompt.
 FROZEN = ("vision_tower", "vision_encoder", "shared_image_embedding", "shared_embedding")
 TRAIN_LAYER_SELECTIONS = ("sample", "last")
+# Seeds of numpy's global generator, which `seed` is for as well, have 32 bits; those of PyTorch's generators 64.
+SEED_LIMITS = {"seed": 2**32, "data_seed": 2**63}
 
 
 @dataclass
@@ -25,6 +27,9 @@ class UGroundTrainingConfig(SFTConfig):
     baseline is the moving average *before* the step, so that a segment's own reward is not in it. Every loss is
     divided by the number of masks (text: of learnt tokens) of the whole optimizer step, over all micro-batches and
     processes.
+
+    Mixed precision is what the device can: `bf16` gives way to float32 where the accelerator has no bfloat16, and
+    where there is no accelerator, unless `use_cpu` says that this is meant.
     """
 
     loss_size: int | None = field(
@@ -77,18 +82,16 @@ class UGroundTrainingConfig(SFTConfig):
 
     def __post_init__(self):
         self._resolve_checkpointing()
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nowhere to copy to
-        # More workers than cores only wait for one another.
-        self.dataloader_num_workers = min(self.dataloader_num_workers, _num_cores())
-        if is_job_on_cpus():
-            # Otherwise each process would take itself for the only one.
-            self.use_cpu = True
+        self._fit_to_device()
         super().__post_init__()
         if self.train_layer_selection not in TRAIN_LAYER_SELECTIONS:
             raise ValueError(
                 f"train_layer_selection must be one of {TRAIN_LAYER_SELECTIONS}, got {self.train_layer_selection!r}"
             )
+        for name, limit in SEED_LIMITS.items():
+            seed = getattr(self, name)
+            if seed is not None and not 0 <= seed < limit:
+                raise ValueError(f"{name} must be in 0..{limit - 1}, got {seed}")
         for name in ("policy_samples", "eval_max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,6 +107,21 @@ class UGroundTrainingConfig(SFTConfig):
             setattr(self, f"activation_{name}", old if new is None else new)
         if self.activation_checkpointing is None:
             self.activation_checkpointing = True
+
+    def _fit_to_device(self) -> None:
+        """Choose what this machine can do, before `SFTConfig` refuses what it cannot, or PyTorch warns of it."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.dataloader_num_workers = min(self.dataloader_num_workers, cores)
+        if torch.accelerator.is_available() and not self.use_cpu:
+            if self.bf16 is not False and not self.fp16:
+                self.bf16 = is_torch_bf16_gpu_available()
+            return
+        if not self.use_cpu:
+            # Said for each process of a job too: otherwise it would take itself for the only one.
+            self.use_cpu = True
+            self.bf16 = self.fp16 = False
+        # Pinned memory speeds up copies to an accelerator, and without one is warned of.
+        self.dataloader_pin_memory = False
 
     def loss_weights(self) -> LossWeights:
         """The weights as the loss functions take them."""
@@ -121,11 +139,6 @@ class UGroundTrainingConfig(SFTConfig):
     def map_target(self) -> MapTarget:
         """How masks become targets of similarity maps."""
         return MapTarget(self.gaussian_kernel_size, self.gaussian_sigma, self.pos_weight_cap)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def freeze(
