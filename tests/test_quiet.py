@@ -10,11 +10,19 @@ from pathlib import Path
 import uground
 from uground.hub.closure import write_code
 
+ROOT = Path(uground.__file__).parent
 # What Python shows by default of what libraries warn of; raised, so that the traceback tells where it comes from.
 SHOWN = ("FutureWarning", "UserWarning", "RuntimeWarning")
 # Progress is no warning, but goes the same way.
 NO_BARS = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 BAR = re.compile(r"\s*\d+%\|.*|\s*")
+
+
+def test_launchers_are_told_everything():
+    """`accelerate launch` without a configuration lists every value that it has to choose."""
+    for page in ("README.md", "Makefile", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
+        commands = re.findall(r"accelerate launch .*", (ROOT / page).read_text(encoding="utf-8"))
+        assert all("--config_file" in command for command in commands), page
 
 
 def test_commands_and_snippets_say_nothing_unasked(tmp_path):
