@@ -40,9 +40,9 @@ tiny-checkpoint: $(READY)
 	$(BIN)/python -m uground.training.pretrain sam --output runs/tiny/sam --steps 1600 --batch-size 16
 	$(BIN)/python -m uground.training.pretrain vision --output runs/tiny/vision --steps 2000 --batch-size 32
 	$(BIN)/python -m uground.training.tiny_model --sam runs/tiny/sam --vision runs/tiny/vision --output runs/tiny/start
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-joint.yaml
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-presence.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny-joint.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny-presence.yaml
 	$(BIN)/python -m uground.hub.closure runs/tiny/finetuned --from-nothing --dataset scenes --license apache-2.0 \
 		--recipe recipes/tiny-presence.yaml
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import ModelCard
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .model_card import CardFacts, build_model_card, is_card_of_uground
@@ -17,17 +17,24 @@ COMPANIONS = ("pipeline_uground.py", "processing_uground.py")
 
 
 class HubFilesMixin:
-    """For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push."""
+    """
+    For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push.
+
+    Attributes:
+        revision: what `from_pretrained` was asked for, of the repository that the model was loaded from.
+    """
+
+    revision: str | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            copy_companions(save_directory, self.config)
+            copy_companions(save_directory, self.config.name_or_path, self.revision)
 
     def prepare_upload(self, folder: str | os.PathLike, repo_id: str) -> None:
         """Complete a folder that `push_to_hub` is about to send, in which the base class has put an empty card."""
-        copy_companions(folder, self.config)
+        copy_companions(folder, self.config.name_or_path, self.revision)
         self.write_model_card(folder, CardFacts(repo_id=repo_id))
 
     def write_model_card(self, folder: str | os.PathLike, facts: CardFacts | None = None) -> Path:
@@ -57,27 +64,34 @@ class HubFilesMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-def copy_companions(folder: str | os.PathLike, config) -> None:
+def copy_companions(folder: str | os.PathLike, origin: str | None, revision: str | None = None) -> None:
     """
     Copy the code of processor and pipeline to a checkpoint folder.
 
     It is looked for beside the model's code, as in the installed package or in a repository's module cache, and then
     in the folder or repository that the model was loaded from. Code that is nowhere is left out: the processor brings
     its own when it is saved.
+
+    Args:
+        folder: to copy to.
+        origin, revision: folder or repository that the model was loaded from, and which state of it.
     """
     target = Path(folder).resolve()
-    for name in COMPANIONS:
-        source = _find_companion(name, config)
+    wanted, seen = list(COMPANIONS), set()
+    while wanted:
+        name = wanted.pop()
+        seen.add(name)
+        source = _find_companion(name, origin or "", revision)
         if source is None:
             continue
-        for path in map(Path, (source, *get_relative_import_files(source))):
-            if path.is_file() and path.resolve().parent != target:
-                shutil.copyfile(path, target / path.name)
+        if source.resolve().parent != target:
+            shutil.copyfile(source, target / name)
+        # Of a repository, only what is asked for by name is fetched.
+        wanted += {f"{module}.py" for module in get_relative_imports(source)} - seen
 
 
-def _find_companion(name: str, config) -> Path | None:
+def _find_companion(name: str, origin: str, revision: str | None) -> Path | None:
     here = Path(__file__).resolve().parent
-    origin = getattr(config, "name_or_path", None) or ""
     for place in (here.with_name("processing"), here, Path(origin)):
         if (place / name).is_file():
             return place / name
@@ -86,7 +100,7 @@ def _find_companion(name: str, config) -> Path | None:
     found = cached_file(
         origin,
         name,
-        revision=getattr(config, "_commit_hash", None),
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -94,6 +94,8 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
         if conversions := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+        # transformers does not keep it, and what is loaded later must be of the same state of the repository.
+        model.revision = kwargs.get("revision")
         # Checkpoints of others, and ours of release 0.1.0, do not say how long an answer may become.
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model

@@ -1,6 +1,6 @@
 """Ask the same or listed queries of many images; write answers and masks as parquet.
 
-    accelerate launch -m uground.processing.annotate --input photos/ --queries queries.txt --output annotated/
+    python -m uground.processing.annotate --input photos/ --queries queries.txt --output annotated/
     python -m uground.processing.annotate --input user/dataset --split train --queries asked.jsonl --output annotated/
 
 --input is a folder of images (searched through), an image, a dataset of `datasets` saved to disk, or a Hub id.

@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     """A trainer that has trained an adapter for three steps, and the folder it saved it to."""
     folder = tmp_path_factory.mktemp("adapter")
     trainer = tiny_trainer(
-        folder, model=adapted(), max_steps=3, learning_rate=1e-2, iou_weight=0.5, activation_checkpointing=True
+        folder, model=adapted(), max_steps=3, learning_rate=1e-2, iou_weight=0.5, gradient_checkpointing=True
     )
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()

@@ -1,6 +1,7 @@
 """Every recipe is read and runs two steps on a tiny stand-in; so does the command, from a user's own file."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from trl import TrlParser
 
 from uground.hub.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
+from uground.training.pretrain import main as pretrain
 from uground.training.trainer import UGroundTrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -262,12 +264,34 @@ def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path):
         main(longer)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
-def test_a_seed_is_used_or_refused_in_a_sentence(stand_in, tmp_path, seed):
-    with pytest.raises(SystemExit, match=f"^finetune: seed must be in 0..4294967295, got {seed}$"):
-        main(command(stand_in, tmp_path, seed=seed))
+@pytest.mark.parametrize(
+    ("name", "seed", "limit"),
+    [("seed", -1, 2**32), ("seed", 2**32, 2**32), ("data_seed", 10**30, 2**63), ("scene_seed", 2**32, 2**32)],
+)
+def test_a_seed_that_is_too_large_is_refused_in_a_sentence(stand_in, tmp_path, name, seed, limit):
+    said = f"seed must be in 0..{limit - 1}, got {seed}"
+    with pytest.raises(SystemExit, match=f"^finetune: .*{said}"):
+        main(command(stand_in, tmp_path, train_data="scenes", **{name: seed}))
 
 
-def test_the_largest_seed_trains(stand_in, tmp_path):
-    main(command(stand_in, tmp_path, seed=2**32 - 1, scene_seed=2**32 - 1, train_data="scenes", max_steps="1"))
+def test_the_largest_seeds_train(stand_in, tmp_path):
+    seeds = {"seed": 2**32 - 1, "data_seed": 2**63 - 1, "scene_seed": 2**32 - 1}
+    main(command(stand_in, tmp_path, train_data="scenes", scene_count="2", max_steps="1", **seeds))
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_machine_without_an_accelerator_computes_in_float32_unless_told_otherwise(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = {"output_dir": str(tmp_path), "report_to": "none"}
+    for asked in ({}, {"bf16": True}, {"fp16": True}):
+        config = UGroundTrainingConfig(**settings, **asked, dataloader_num_workers=1000)
+        assert config.use_cpu and not config.bf16 and not config.fp16 and not config.dataloader_pin_memory
+        assert 1 <= config.dataloader_num_workers <= os.cpu_count()
+    assert UGroundTrainingConfig(**settings, bf16=True, use_cpu=True).bf16
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_pretraining_refuses_a_seed_that_is_too_large(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(["sam", "--output", str(tmp_path / "sam"), "--seed", str(2**64)])
+    assert f"--seed must be in 0..{2**32 - 1}, got {2**64}" in capsys.readouterr().err

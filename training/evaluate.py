@@ -2,7 +2,7 @@
 
     python -m uground.training.evaluate --model PATH --dataset scenes --split test --count 1000 \
         --layers last argmax mc --output results/
-    accelerate launch -m uground.training.evaluate --model PATH --dataset reasonseg --root DIR --split val \
+    python -m uground.training.evaluate --model PATH --dataset reasonseg --root DIR --split val \
         --protocol lisa --style generate --output results/
 
 Answers are written (or forced) once and masks read at one or several choices of layer. Prints a table; with --output,

@@ -1,7 +1,8 @@
 """Fine-tune a UGround checkpoint.
 
-    accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
-    accelerate launch -m uground.training.finetune --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
+    python -m uground.training.finetune --config recipes/tiny.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m uground.training.finetune \\
+        --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
 
 A recipe is a yaml file of the flags below; flags on the command line win over it. A run that was interrupted goes on
 from its last whole checkpoint when the same command is given again; one that is finished stays as it is.

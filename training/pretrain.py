@@ -24,7 +24,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from uground.modeling_uground.lmm_access import token_validity, vision_key_mask
 from uground.training.collator import letterbox_mask
 from uground.training.scene_drawing import COLOURS, KINDS, SIZES, TEXTURES, Scene
-from uground.training.scenes import scene
+from uground.training.scenes import WORD_LIMIT, scene
 from uground.training.tiny_model import FRAME_SIZE, LMM_PATCH, LMM_SIZE, sam_config, vision_config
 
 TRAIN_SEED = 7  # its scenes are other ones than those of the fine-tuning (recipes/tiny.yaml)
@@ -247,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if not 0 <= options.seed < WORD_LIMIT:
+        parser.error(f"--seed must be in 0..{WORD_LIMIT - 1}, got {options.seed}")
     pretrain(options.stage, options.output, options.steps, options.batch_size, options.learning_rate, options.seed)
 
 

@@ -16,7 +16,7 @@ from uground.training.answer_evaluation import AnswerEvaluation
 from uground.training.checkpoints import COMPLETE_FILE, mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
-from uground.training.model_state import float32_buffers, left_as_found, marks_of
+from uground.training.model_state import CPU_PACKING, float32_buffers, left_as_found, marks_of
 from uground.training.policy_draws import PolicyDraws, PolicyLoss, drawn_layers, policy_loss, segment_uniforms
 from uground.training.repeated_items import count_only, own_images
 from uground.training.resume import ResumeMixin
@@ -331,13 +331,21 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As `Trainer.evaluate`."""
-        with left_as_found(self.model, self._preparation):
+        with self._evaluating():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """As `Trainer.predict`."""
-        with left_as_found(self.model, self._preparation):
+        with self._evaluating():
             return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self):
+        with left_as_found(self.model, self._preparation):
+            for module in self.model.modules():
+                if hasattr(module, CPU_PACKING):
+                    setattr(module, CPU_PACKING, False)
+            yield
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs = self._without_repeats(inputs, self.callback_handler.eval_dataloader.dataset)
