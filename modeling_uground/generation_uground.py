@@ -86,10 +86,8 @@ class SegmentGenerationMixin(GenerationMixin):
         refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, _ = self._prepare_lmm(input_ids, attention_mask, images, image_index)
         return self.lmm.generate(**lmm_inputs, generation_config=settings, **others)
 
@@ -135,13 +133,11 @@ class SegmentGenerationMixin(GenerationMixin):
         """
         refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
         parts, is_split = [], len(input_ids) > max_rows
         for rows in torch.arange(len(input_ids)).split(max_rows):
             text = (input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows])

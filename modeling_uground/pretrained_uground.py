@@ -17,6 +17,9 @@ from .weight_kinds import dtypes_of, stored_dtypes, wrong_kinds
 
 # Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
 UNQUANTIZED = ("mask_decoder", "layer_policy", "segment_projection", "similarity_scaling", "lm_head")
+# Where transformers keeps the hooks that collect hidden states, and how a model says that it has them.
+CAPTURING_MODULE = "transformers.utils.output_capturing"
+CAPTURING_FLAG = "_output_capturing_hooks_installed"
 
 
 class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
@@ -40,6 +43,18 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
             init.zeros_(module.reward_updates)
         elif isinstance(module, SimilarityScaling) and module.bias is not None:
             init.zeros_(module.bias)
+
+    def __getstate__(self) -> dict:
+        """
+        What is pickled. The hooks that transformers puts on in a first pass are functions within a function, which no
+        pickle takes: they come off here, and the next pass puts them on anew.
+        """
+        for module in self.modules():
+            module.__dict__.pop(CAPTURING_FLAG, None)
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == CAPTURING_MODULE:
+                    del module._forward_hooks[key]
+        return self.__dict__.copy()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
