@@ -20,7 +20,7 @@ class WrittenAnswers:
     What [`SegmentGenerationMixin.write_answers`] keeps of B rows with N segment tokens.
 
     Attributes:
-        sequences, prompt_length, finished, token_scores, image_index: as in [`UGroundSegmentation`].
+        sequences, prompt_length, token_scores, image_index: as in [`UGroundSegmentation`].
         rows (`(N,)`): row of each segment token.
         segment_states (`(N, L+1, D)`): layer states that predicted the segment tokens.
         prompt_states: L+1 tensors `(G, …, D)` that hold the image tokens of every row.
@@ -28,11 +28,11 @@ class WrittenAnswers:
         images: the encoded images.
         state_rows (`(B,)`, *optional*): where rows share a prefix, the row of `prompt_states` that holds the image
             tokens of each; otherwise G = B, and each row holds its own.
+        finished (*optional*): as in [`UGroundSegmentation`]; `None` for answers that were not written here.
     """
 
     sequences: torch.Tensor
     prompt_length: int
-    finished: torch.Tensor
     rows: torch.Tensor
     token_scores: torch.Tensor
     segment_states: torch.Tensor
@@ -41,6 +41,7 @@ class WrittenAnswers:
     images: UGroundImageEmbeddings
     image_index: torch.Tensor
     state_rows: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
 
 
 class SegmentGenerationMixin(GenerationMixin):
