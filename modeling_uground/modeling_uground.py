@@ -6,6 +6,7 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
@@ -403,6 +404,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Arguments of the LMM, and the columns of its image tokens `(B, n)`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attention_mask.dim() == 3 and is_flash(attention):
+            raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
         positions = image_token_positions(input_ids, self.config.image_token_id, images.lmm_features.shape[1])
         inputs = prepare_lmm_inputs(
             input_ids,

@@ -141,9 +141,7 @@ class UGroundProcessor(ProcessorMixin):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "is_prompt": True}
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def __call__(
-        self, images=None, text=None, answers=None, videos=None, audio=None, is_prompt=None, **kwargs
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
         """
         Args:
             images: one image or a list, of anything [`read_image`] takes. Without images, `text` is read as it is,
@@ -155,7 +153,6 @@ class UGroundProcessor(ProcessorMixin):
                 mask there.
             answers: the answers to learn, nested as `text`. They and the end-of-sequence token are appended, and
                 `labels` is returned. In them, only segment and reject token are more than text.
-            videos, audio: must be `None`; `apply_chat_template` of transformers hands them on.
             is_prompt: whether the texts are whole prompts; by default those are that hold `image_token`.
             return_tensors: `"pt"` (the default), `"np"`, or `None` for lists: of numbers, and of one array per image.
             padding: `True` or `"longest"` (the default), `"max_length"`, or `False`.
@@ -190,8 +187,6 @@ class UGroundProcessor(ProcessorMixin):
             TypeError: an argument is not known.
         """
         options = read_options(kwargs)
-        if videos is not None or audio is not None:
-            raise ValueError("UGroundProcessor takes images and text only, got videos or audio")
         if images is None and text is not None and answers is None:
             return self._finish(self._read_plain(flatten_texts(text), options), options)
         images, queries = pair_images_with_queries(images, text)
@@ -288,12 +283,8 @@ class UGroundProcessor(ProcessorMixin):
                         f"prompt {number + 1} is to be answered, so it must end with {form.generation!r}, "
                         f"got {prompt[-40:]!r}"
                     )
-                prompts[number] = [
-                    *pieces,
-                    Piece(form.before_answer, learnt=True),
-                    Piece(answer.strip(), ASSISTANT, learnt=True),
-                    Piece(form.after_answer, learnt=True),
-                ]
+                written = ((form.before_answer, TEMPLATE), (answer.strip(), ASSISTANT), (form.after_answer, TEMPLATE))
+                prompts[number] = pieces + [Piece(text, speaker, learnt=True) for text, speaker in written if text]
         rows = [
             expand_image(row, self.image_token_id, self.num_image_tokens)
             for row in self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens)

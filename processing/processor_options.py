@@ -30,14 +30,17 @@ TEXT_OPTIONS = (
     "return_offsets_mapping",
     "truncation",
 )
-# `apply_chat_template` of transformers asks for these too; an image expands here without moving any offset.
+# `apply_chat_template` of transformers asks for this too; an image expands here without moving any offset.
 PASSED_OVER = ("return_text_replacement_offsets",)
+# It hands these on as well, `None` where there are none.
+OTHER_INPUTS = ("videos", "audio")
+COMMON = "common_kwargs"
 GROUPS = {
     "text_kwargs": TEXT_OPTIONS,
     "images_kwargs": IMAGE_OPTIONS,
     "videos_kwargs": (),
     "audio_kwargs": (),
-    "common_kwargs": ("return_tensors", *TEXT_OPTIONS, *IMAGE_OPTIONS),
+    COMMON: ("return_tensors", *TEXT_OPTIONS, *IMAGE_OPTIONS),
 }
 # How rows are padded or cut, by every name that transformers has for it.
 PADDINGS = {True: "longest", "longest": "longest", "max_length": "max_length", False: None, "do_not_pad": None}
@@ -88,7 +91,10 @@ def read_options(given: dict) -> CallOptions:
         TypeError: a keyword is not known, or a group is no dictionary.
         ValueError: a keyword is given twice, or its value is none that it may have.
     """
-    flat = {name: value for name, value in given.items() if name not in GROUPS and name not in PASSED_OVER}
+    if any(given.get(name) is not None for name in OTHER_INPUTS):
+        raise ValueError("a UGroundProcessor takes images and text only, got videos or audio")
+    others = (*GROUPS, *PASSED_OVER, *OTHER_INPUTS)
+    flat = {name: value for name, value in given.items() if name not in others}
     _refuse_unknown(flat, ("return_tensors", *TEXT_OPTIONS, *IMAGE_OPTIONS), "")
     for group, known in GROUPS.items():
         grouped = given.get(group) or {}
@@ -97,9 +103,10 @@ def read_options(given: dict) -> CallOptions:
         grouped = {name: value for name, value in grouped.items() if name not in PASSED_OVER}
         _refuse_unknown(grouped, known, f" in {group}")
         twice = sorted(flat.keys() & grouped.keys())
-        if twice:
+        if twice and group != COMMON:
             raise ValueError(f"{twice[0]} must be given once, got it twice, as a keyword and in {group}")
-        flat |= grouped
+        # What is common to texts and images gives way to what is said of either.
+        flat = grouped | flat
     images = {name: flat.pop(name) for name in IMAGE_OPTIONS if flat.get(name) is not None}
     check_image_options(images)
     flat = {name: value for name, value in flat.items() if value is not None or name == "return_tensors"}
