@@ -73,6 +73,9 @@ def test_pixels_are_read_as_the_call_says(processor):
             assert batch[name].mean() < plain[name].mean()
     raw = processor(IMAGE, "a", do_normalize=False, common_kwargs={"return_tensors": "np"})
     assert type(raw["pixel_values"]) is np.ndarray and raw["pixel_values"].max() > 100
+    brighter = processor(IMAGE, "a", image_mean=[1, 2, 3], image_std=2)["pixel_values"]
+    row = brighter[0, :, 0, 0] * 2 + torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(row, torch.tensor(raw["pixel_values"])[0, :, 0, 0])
     assert processor(IMAGE, "a")["pixel_values"].equal(plain["pixel_values"])
 
 
@@ -82,7 +85,7 @@ def test_keywords_of_loading_take_effect_or_are_refused(processor, tmp_path):
     assert not loaded.image_processor.do_normalize and not loaded.sam_image_processor.do_normalize
     assert loaded.tokenizer.cls_token == "(CLS)"
     assert loaded(IMAGE, "a")["sam_pixel_values"].max() > 100
-    assert UGroundProcessor.from_pretrained(tmp_path, image_mean=0.5).image_processor.image_mean == 0.5
+    assert UGroundProcessor.from_pretrained(tmp_path, image_mean=1).image_processor.image_mean == (1.0,) * 3
     changed = processor.image_processor
     assert UGroundProcessor.from_pretrained(tmp_path, image_processor=changed).image_processor is changed
     for name, value in (
@@ -232,6 +235,7 @@ def test_system_messages_are_written_and_unknown_roles_refused(bundled):
             "pad_to_multiple_of must be a whole number of at least 1, got True",
         ),
         ({"do_normalize": 1}, ValueError, "do_normalize must be one of True, False, got 1"),
+        ({"image_mean": [1]}, ValueError, "image_mean must be one number or one per channel, 3, got 1"),
         ({"image_mean": [1, 2]}, ValueError, "image_mean must be one number or one per channel, 3, got 2"),
         ({"image_std": [1, 0, 1]}, ValueError, "image_std must not be 0"),
         ({"rescale_factor": "x"}, ValueError, "rescale_factor must be a number, got 'x'"),
