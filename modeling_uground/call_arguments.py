@@ -1,13 +1,14 @@
 """What calls take beside their tensors: keywords that nobody knows are refused, and how long an answer may become."""
 
 import copy
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
+
+from .known_names import nearest_name
 
 # Length of an answer where neither the call nor the checkpoint says one: room for a dozen segments with their names.
 # The default of transformers cuts at 20.
@@ -19,8 +20,6 @@ SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 SUPPORTED_SETTINGS = {"num_return_sequences": 1, "prefill_chunk_size": None, "use_cache": True}
 # Of `generate`, besides its parameters and the fields of a `GenerationConfig`: what rules that stop at words need.
 GENERATION_EXTRAS = ("tokenizer", "assistant_tokenizer")
-# A name this similar to one that is known, in 0..1, is taken for a slip of the pen.
-SIMILARITY = 0.8
 
 
 class UnknownKeywordError(TypeError, ValueError):
@@ -43,8 +42,8 @@ def refuse_unknown(method: Callable, given: Iterable[str], more: Sequence[str] =
         return
     parameters = inspect.signature(method).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD] + [*more]
-    near = difflib.get_close_matches(unknown[0], sorted({*known, *unlisted}), 1, SIMILARITY)
-    nearest = f" (nearest is {near[0]})" if near else ""
+    near = nearest_name(unknown[0], {*known, *unlisted})
+    nearest = f" (nearest is {near})" if near else ""
     also = " and settings of generation" if generates else ""
     raise UnknownKeywordError(
         f"{method.__name__} does not know {', '.join(unknown)}{nearest}; it takes {', '.join(known)}{also}"
@@ -120,7 +119,6 @@ def rows_finished(
 
 __all__ = [
     "MAX_NEW_TOKENS",
-    "SIMILARITY",
     "UnknownKeywordError",
     "check_supported",
     "merge_settings",

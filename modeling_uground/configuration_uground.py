@@ -1,12 +1,16 @@
 """Configuration of UGround: an LMM trunk, a SAM, and the settings of what lies between them."""
 
 import copy
+from collections.abc import Iterable
 from typing import ClassVar
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
+
+from .attention_parts import attention_of_parts
+from .known_names import nearest_name
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +44,7 @@ class UGroundConfig(PreTrainedConfig):
             Configuration of the SAM that draws the masks. Its patch size is 16, so that low-resolution mask logits
             live at 1/4 of the SAM frame.
         segment_token_id (`int`, *optional*):
-            Id of `[SEG]`. Resolve it by name with the tokenizer.
+            Id of `[SEG]`, in the vocabulary of the LMM. Resolve it by name with the tokenizer.
         reject_token_id (`int`, *optional*):
             Id of `[REJ]`; `None` for models that cannot reject by token.
         prompts (`tuple[str]`, defaults to `("embedding", "mask")`):
@@ -71,7 +75,7 @@ class UGroundConfig(PreTrainedConfig):
             Version of the code the checkpoint was saved by; stamped on saving.
 
     Raises:
-        ValueError: a setting is outside of what is listed above.
+        ValueError: a setting is outside of what is listed above, or has a name that resembles one of these.
     """
 
     model_type = "uground"
@@ -99,6 +103,7 @@ class UGroundConfig(PreTrainedConfig):
     uground_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         self.prompts = tuple(self.prompts)
         if self.custom_pipelines is None:
@@ -125,6 +130,28 @@ class UGroundConfig(PreTrainedConfig):
         patch_size = self.sam_config.vision_config.patch_size
         if patch_size != 16:
             raise ValueError(f"the SAM of UGround has patches of 16 pixels, got {patch_size}")
+        self.check_token_ids()
+
+    def check_token_ids(self) -> None:
+        """
+        Compare the ids of special tokens with the vocabulary of the LMM and with one another.
+
+        A config that does not name its segment token is not yet that of a model that can be asked, and passes.
+
+        Raises:
+            ValueError: an id is outside of the vocabulary, or two are equal.
+        """
+        names = ("segment_token_id", "reject_token_id", "image_token_id")
+        ids = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.segment_token_id is None:
+            return
+        size = self.get_text_config().vocab_size
+        for name, value in ids.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+                raise ValueError(f"{name} must lie in the vocabulary of {size} tokens, got {value!r}")
+            same = [other for other in names if other != name and ids.get(other) == value]
+            if same:
+                raise ValueError(f"{name} and {same[0]} must differ, got {value} for both")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -135,6 +162,7 @@ class UGroundConfig(PreTrainedConfig):
                 f"uground {CODE_VERSION} was tested with transformers {TESTED_TRANSFORMERS} and later, "
                 f"installed is {installed}"
             )
+        refuse_misspelt(kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -143,6 +171,15 @@ class UGroundConfig(PreTrainedConfig):
         # What was loaded from a repository names that repository here; the copy has its own.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return PreTrainedConfig._attn_implementation.fget(self)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        # Every way of loading a model with an `attn_implementation` ends here.
+        PreTrainedConfig._attn_implementation.fset(self, attention_of_parts(value))
 
     @property
     def num_layers(self) -> int:
@@ -174,6 +211,22 @@ class UGroundConfig(PreTrainedConfig):
 def _minor_version(version: str) -> tuple[int, ...]:
     """`"5.24.0.dev0"` to (5, 24)."""
     return tuple(map(int, version.split(".")[:2]))
+
+
+def refuse_misspelt(names: Iterable[str]) -> None:
+    """
+    Raise a `ValueError` if a name resembles a field of [`UGroundConfig`], or is that of a value that it computes.
+
+    Other names pass: transformers, and tools around it, add keys of their own.
+    """
+    members = vars(UGroundConfig)
+    own = set(UGroundConfig.__annotations__) - {"sub_configs_defaults"}
+    for name in names:
+        if isinstance(members.get(name), property):
+            raise ValueError(f"config key {name} is computed from lmm_config and sam_config, and cannot be set")
+        near = None if name in own else nearest_name(name, own)
+        if near is not None:
+            raise ValueError(f"unknown config key {name}, expected {near}")
 
 
 def check_layer_selection(layer_selection: str | int, num_layers: int) -> None:

@@ -6,6 +6,7 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
@@ -22,7 +23,7 @@ from .lmm_access import (
     token_validity,
 )
 from .mask_decoder import MaskDecoder, mask_overlap
-from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation
+from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
 from .pretrained_uground import UGroundPreTrainedModel
 from .prompts import PADDING_VALUE, SegmentProjection, SimilarityScaling, build_mask_prompts
 from .session_uground import ImageSessionMixin
@@ -47,6 +48,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
+        # Settings may have been changed since the config was made.
+        config.check_token_ids()
         hidden_size = config.get_text_config().hidden_size
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # First in line: `device_map="auto"` takes off the accelerator what is last, and the LMM's layers can bear it.
@@ -66,6 +69,11 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def _uses(self, prompt: str) -> bool:
         return prompt in self.config.prompts
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the LMM knows, also after [`resize_token_embeddings`]."""
+        return self.config.get_text_config().vocab_size
 
     def get_input_embeddings(self):
         return self.lmm.get_input_embeddings()
@@ -181,8 +189,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             token may see.
             inputs_embeds (*optional*): only `None`, which wrappers such as PEFT pass along.
             use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
-            layer states and attentions; by default as the config says, and no keys and values. Attentions need
-            `attn_implementation="eager"`. return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
+            layer states (or those of a list of layers) and attentions, which need `attn_implementation="eager"`.
+            return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
             kwargs: `num_items_in_batch`, which the text loss is divided by instead of the number of labels.
 
         Raises:
@@ -192,15 +200,15 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
-        wanted = self._resolve_outputs(use_cache, output_hidden_states, output_attentions)
+        asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
         images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
         outputs = self.lmm(
             **lmm_inputs,
-            use_cache="cache" in wanted,
+            use_cache=bool(asked["cache"]),
             output_hidden_states=True,
-            output_attentions="attentions" in wanted,
+            output_attentions=asked["attentions"],
             return_dict=True,
         )
         rows, columns = find_segments(input_ids, self._segment_token_id())
@@ -217,19 +225,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             num_layer_samples=num_layer_samples,
         )
         loss = None if labels is None else self._text_loss(outputs.logits, labels, **kwargs)
-        more = {field: outputs[name] for field, name in wanted.items()}
-        output = UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments, **more)
-        return output if _or_else(return_dict, self.config.return_dict) else output.to_tuple()
-
-    def _resolve_outputs(self, use_cache, output_hidden_states, output_attentions) -> dict[str, str]:
-        """Further fields of the output that are asked for, and what the LMM calls them."""
-        attentions = _or_else(output_attentions, self.config.output_attentions)
-        states = _or_else(output_hidden_states, self.config.output_hidden_states)
-        attention = self.lmm.config.get_text_config()._attn_implementation
-        if attentions and attention != "eager":
-            raise ValueError(f"output_attentions needs attn_implementation='eager', got {attention!r}")
-        asked = {"cache": use_cache, "hidden_states": states, "attentions": attentions}
-        return {field: {"cache": CACHE_NAME}.get(field, field) for field, is_wanted in asked.items() if is_wanted}
+        segments |= further_outputs(outputs, CACHE_NAME, asked)
+        output = UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _text_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -361,9 +359,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def _resolve_selection(self, layer_selection, num_layer_samples) -> tuple[str | int, int]:
         """How layers are chosen, and how many are drawn under `"mc"`: what the call says, or else the config."""
-        selection = _or_else(layer_selection, self.config.layer_selection)
+        selection = self.config.layer_selection if layer_selection is None else layer_selection
         check_layer_selection(selection, self.config.num_layers)
-        samples = _or_else(num_layer_samples, self.config.num_layer_samples)
+        samples = self.config.num_layer_samples if num_layer_samples is None else num_layer_samples
         if samples < 1:
             raise ValueError(f"num_layer_samples must be at least 1, got {samples}")
         return selection, samples
@@ -395,6 +393,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Arguments of the LMM, and the columns of its image tokens `(B, n)`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attention_mask.dim() == 3 and is_flash(attention):
+            raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
         positions = image_token_positions(input_ids, self.config.image_token_id, images.lmm_features.shape[1])
         inputs = prepare_lmm_inputs(
             input_ids,
@@ -405,10 +406,6 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             position_ids,
         )
         return inputs, positions
-
-
-def _or_else(value, default):
-    return default if value is None else value
 
 
 UGroundForReferringSegmentation.register_for_auto_class("AutoModel")

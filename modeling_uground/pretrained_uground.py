@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .attention_parts import attention_of_parts
 from .call_arguments import with_answer_length
 from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
@@ -90,6 +91,10 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         # Checkpoints of others, and ours of release 0.1.0, do not say how long an answer may become.
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
+        super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

@@ -96,14 +96,14 @@ class AnswerEvaluation:
         processor: a `UGroundProcessor`.
         collator: the [`GroundingCollator`], which knows how an example becomes a prompt.
         batch_size: items per pass.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer, `None` for what the model's `generation_config` says.
         overlays: how many answers to draw.
     """
 
     processor: object
     collator: object
     batch_size: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     overlays: int
 
     @torch.no_grad()
