@@ -288,6 +288,7 @@ def test_a_machine_without_an_accelerator_computes_in_float32_unless_told_otherw
         assert config.use_cpu and not config.bf16 and not config.fp16 and not config.dataloader_pin_memory
         assert 1 <= config.dataloader_num_workers <= os.cpu_count()
     assert UGroundTrainingConfig(**settings, bf16=True, use_cpu=True).bf16
+    assert not UGroundTrainingConfig(**settings, use_cpu=True).bf16
     assert not [str(warning.message) for warning in recwarn]
 
 

@@ -103,12 +103,11 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         layers = [f"layer/{layer}" for layer in range(bare.config.num_layers)]
         by_segment = [*(f"loss/{name}" for name in GROUNDING_TERMS if name != "entropy"), "policy/entropy"]
         drawn = ["loss/policy", "loss/critic", "policy/reward", "policy/baseline", "policy/advantage", *layers]
-        denominators = {
+        self._denominators = {
             "loss/text": "tokens",
             **dict.fromkeys(by_segment, "segments"),
             **dict.fromkeys(drawn, "drawn segments"),
         }
-        self._denominators = denominators
         self._gathers_to_segment = False
         self._begin()
 
@@ -302,8 +301,10 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             means = self._means["train"].reduce(self.accelerator)
-            if self.mixture is not None and self.mixture.skipped:
-                means["data/skipped"] = float(self.mixture.skipped)
+            if self.mixture is not None:
+                skipped = torch.tensor(float(self.mixture.skipped), device=self.accelerator.device)
+                skipped = self.accelerator.reduce(skipped, reduction="sum").item()
+                means |= {"data/skipped": skipped} if skipped else {}
             self._metrics["train"].update({name: [value] for name, value in means.items()})
             shares = [value for name, value in means.items() if name.startswith("layer/")]
             if shares:

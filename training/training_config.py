@@ -122,6 +122,8 @@ class UGroundTrainingConfig(SFTConfig):
             # Said for each process of a job too: otherwise it would take itself for the only one.
             self.use_cpu = True
             self.bf16 = self.fp16 = False
+        # Asked for, a CPU computes in bfloat16; most are slower in it.
+        self.bf16 = bool(self.bf16)
         # Pinned memory speeds up copies to an accelerator, and without one is warned of.
         self.dataloader_pin_memory = False
 
