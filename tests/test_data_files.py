@@ -17,7 +17,9 @@ from miniatures import (
     save_pickle,
 )
 from PIL import Image
+from tiny_processor import gradient_image
 
+from uground.processing.text_lines import read_lines
 from uground.training.data.files import (
     checked_root,
     image_size,
@@ -71,6 +73,63 @@ def test_files_that_are_cut_off_are_named(tmp_path):
 def test_json_of_windows_is_read(tmp_path):
     (tmp_path / "x.json").write_bytes('{"text": "the café’s door"}'.encode("cp1252"))
     assert read_json(tmp_path / "x.json") == {"text": "the café’s door"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[" * 100_000, "must be a whole JSON file, but maximum recursion depth"),
+        (b"9" * 5000, "must be a whole JSON file, but Exceeds the limit"),
+        ('{"a": 1}'.encode("utf-16"), "looks like UTF-16 or UTF-32, expected JSON in UTF-8"),
+        ('{"a": 1}'.encode("utf-16-be"), "looks like UTF-16 or UTF-32, expected JSON in UTF-8"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path, data, message):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.json " + message):
+        read_json(tmp_path / "x.json")
+
+
+def test_bytes_that_are_no_pickle_are_named(tmp_path):
+    draw = np.random.default_rng(0)
+    whole = pickle.dumps({"a": [1, 2.5, "b"]})
+    for _ in range(200):
+        data = bytearray(whole)
+        data[int(draw.integers(len(data)))] = int(draw.integers(256))
+        (tmp_path / "x.p").write_bytes(data)
+        try:
+            read_pickle(tmp_path / "x.p")
+        except ValueError as error:
+            assert "x.p must be a whole pickle" in str(error)
+
+
+def test_lines_end_where_line_ends_say(tmp_path):
+    path = tmp_path / "x.txt"
+    for end in ("\n", "\r\n"):
+        written = ["a\u2028b\u2029c\x85d", "", "\x0be\x0cf\x1cg", "h\ri"]
+        for last in ("", end):
+            path.write_bytes((end.join(written) + last).encode())
+            assert read_lines(path) == written
+    path.write_bytes("\ufeffa\nb".encode())
+    assert read_lines(path) == ["a", "b"]
+    path.write_bytes(b"")
+    assert read_lines(path) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("a\n".encode("utf-16"), ":1: the file looks like UTF-16 or UTF-32, expected UTF-8"),
+        ("a\n".encode("utf-16-be"), ":1: the file looks like UTF-16 or UTF-32, expected UTF-8"),
+        ("a\n".encode("utf-32"), ":1: the file looks like UTF-16 or UTF-32, expected UTF-8"),
+        (b"a\rb\rc\r", r":1: the lines of the file end with \\r only, expected \\n or \\r\\n"),
+        (b"a\ncaf\xe9\n", ":2: the line is not UTF-8, got the byte 0xe9 at place 4"),
+    ],
+)
+def test_text_that_is_no_utf_8_is_named(tmp_path, data, message):
+    (tmp_path / "x.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.txt" + message):
+        read_lines(tmp_path / "x.txt")
 
 
 def test_missing_things_are_listed_up_to_ten(tmp_path):
@@ -151,6 +210,21 @@ def test_an_image_is_opened_in_the_orientation_of_its_masks(tmp_path):
     assert open_image(Image.new("L", (30, 20)), SIZE, "x").mode == "RGB"
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 200, 65535])
+def test_the_header_and_the_pixels_of_an_image_agree(tmp_path, form, orientation):
+    pixels = gradient_image(*SIZE)
+    path, tags = tmp_path / "a.picture", Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(pixels).save(path, form, exif=tags, **({"lossless": True} if form == "WEBP" else {}))
+    upright = open_image(str(path), None, "x")
+    assert image_size(path) == (upright.height, upright.width) == (SIZE[::-1] if 5 <= orientation <= 8 else SIZE)
+    for image in (str(path), {"bytes": path.read_bytes(), "path": None}, Image.open(path)):
+        stored = open_image(image, SIZE, "x")
+        if form != "JPEG" and orientation not in (2, 3, 4):
+            np.testing.assert_array_equal(np.asarray(stored), pixels)
+
+
 def test_an_image_that_does_not_fit_or_open_is_named(tmp_path):
     path = save_image(tmp_path / "a.jpg", size=(20, 30))
     with pytest.raises(ValueError, match="sample 3: masks of 21x30 pixels do not fit its image of 20x30"):
@@ -161,3 +235,17 @@ def test_an_image_that_does_not_fit_or_open_is_named(tmp_path):
         open_image(str(tmp_path / "gone.jpg"), SIZE, "sample 3")
     with pytest.raises(OSError, match="sample 3: its image cannot be read"):
         open_image({"bytes": b"nothing", "path": None}, SIZE, "sample 3")
+    for nothing in (None, {"bytes": None, "path": None}, {}):
+        with pytest.raises(ValueError, match="the image of sample 3 must be a PIL image, an array, .* got NoneType"):
+            open_image(nothing, SIZE, "sample 3")
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    path = save_image(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"the image .*a\.png is too large"):
+        image_size(path)
+    with pytest.raises(ValueError, match="sample 3: its image is too large"):
+        open_image({"bytes": path.read_bytes(), "path": None}, SIZE, "sample 3")
+    with pytest.raises(ValueError, match=r"a\.png' is too large"):
+        open_image(str(path), SIZE, "sample 3")

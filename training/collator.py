@@ -136,6 +136,11 @@ class GroundingCollator:
                 f"example {example['id']}: the answer {shown!r} holds {written} "
                 f"{self.processor.segment_token}, expected one for each of its {len(example['masks'])} masks"
             )
+        for answer in answers:
+            if self.processor.image_token in answer:
+                raise ValueError(
+                    f"example {example['id']}: an answer must be text without an image, got {answer[:80]!r}"
+                )
 
     def prompt(self, example: dict) -> str:
         """The query, or with earlier turns the whole conversation up to the answer."""

@@ -25,6 +25,7 @@ from uground.processing.text_lines import decode_line, raw_lines
 from uground.training.data.mask_pictures import read_mask_picture
 from uground.training.data.masks import (
     LEAST_POLYGON,
+    SIDEWAYS,
     decode_mask,
     flat_polygon,
     has_area,
@@ -43,6 +44,7 @@ KEYS = {"id", "image", "ignore", "attribute", "turns"} | TURN_KEYS
 OUTSIDE_TOLERANCE = 1.0
 # Overlap with the box around its mask, below which a box belongs to something else.
 LEAST_BOX_IOU = 0.5
+POINTS = "; it looks like a list of points, write [x, y, x, y, …] without inner lists"
 COCO_KEYS = {"images", "annotations"}
 ID_KEY = b'"id"'
 
@@ -326,14 +328,13 @@ def _read_one(mask, size: tuple[int, int], folder: Path, name: str) -> dict:
 def _check_polygon(polygon, size: tuple[int, int], name: str) -> None:
     """More than readers of published data ask: here somebody can mend the line."""
     if not isinstance(polygon, list) or not all(map(is_number, polygon)):
-        missing = "; a level of lists is missing, write [[x, y, …]]" if is_number(polygon) else ""
-        points = isinstance(polygon, list) and any(isinstance(part, list) for part in polygon)
-        nested = "; it looks like a list of points, write [x, y, x, y, …] without inner lists" if points else ""
-        raise ValueError(
-            f"{name}: a polygon must be a flat list of numbers x, y, x, y, …, got {shown(polygon)}{missing}{nested}"
-        )
+        hint = "; a level of lists is missing, write [[x, y, …]]" if is_number(polygon) else ""
+        if isinstance(polygon, list) and any(isinstance(part, list) for part in polygon):
+            hint = POINTS
+        raise ValueError(f"{name}: a polygon must be a flat list of numbers x, y, x, y, …, got {shown(polygon)}{hint}")
     if len(polygon) % 2 or len(polygon) < LEAST_POLYGON:
-        raise ValueError(f"{name}: a polygon must have at least 3 points of x and y, got {len(polygon)} numbers")
+        hint = POINTS if len(polygon) == 2 else ""
+        raise ValueError(f"{name}: a polygon must have at least 3 points of x and y, got {len(polygon)} numbers{hint}")
     if all(0 <= number <= 1 for number in polygon):
         raise ValueError(
             f"{name}: all numbers of a polygon lie within 0..1, as YOLO writes them, expected pixels; multiply x by "
@@ -343,7 +344,7 @@ def _check_polygon(polygon, size: tuple[int, int], name: str) -> None:
     for x, y in points:
         if not _is_inside(x, y, size):
             sideways = all(_is_inside(*point, size[::-1]) for point in points)
-            hint = "; it looks drawn on the picture before its EXIF orientation turned it" if sideways else ""
+            hint = SIDEWAYS if sideways else ""
             raise ValueError(
                 f"{name}: the polygon's point ({shown(x)}, {shown(y)}) lies outside of the image, which is {size[1]} "
                 f"wide and {size[0]} high{hint}"

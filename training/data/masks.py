@@ -18,6 +18,8 @@ LEAST_POLYGON = 6
 # Pixels that a point must lie off the line through the others; less is rounding.
 LEAST_WIDTH = 1e-3
 INFINITE = (float("inf"), -float("inf"))
+# What is said of a mask that would fit the image lying on its side: cameras store pixels as the sensor lay.
+SIDEWAYS = "; it looks drawn on the picture before its EXIF orientation turned it, so turn the mask likewise"
 # The longest side of a JPEG, and about twice as many pixels as Pillow opens: nothing larger is a picture, and
 # pycocotools counts in 32 bits.
 MOST_SIDE, MOST_PIXELS = 65535, 2**28
@@ -39,7 +41,8 @@ def decode_mask(rle: dict, name: str = "a mask") -> np.ndarray:
     Raises:
         ValueError: it is no RLE, see [`read_runs`]; the sentence begins with `name`.
     """
-    return coco_mask.decode(_from_runs(*read_runs(rle, name))).astype(bool)
+    size, runs = read_runs(rle, name)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F")
 
 
 def empty_mask(size: tuple[int, int]) -> dict:
@@ -120,7 +123,7 @@ def read_runs(rle: dict, name: str) -> tuple[tuple[int, int], np.ndarray]:
 
 def _decompress(counts: str | bytes, name: str) -> list[int]:
     """Runs of compressed counts; from the fourth on they are written as differences to the last but one."""
-    data = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - FIRST_CHARACTER
     last = codes & MORE == 0
     if not codes.size or codes.min() < 0 or codes.max() >= 2 * MORE or not last[-1]:
@@ -197,9 +200,7 @@ def check_same_size(found: tuple[int, int], size: tuple[int, int], name: str) ->
         ValueError: height and width `found` of a mask are not the image's `size`; the sentence begins with `name`.
     """
     if tuple(found) != tuple(size):
-        # Cameras store a picture as the sensor lay and write beside it how to turn it.
-        sideways = tuple(found) == tuple(size)[::-1]
-        hint = "; it looks drawn on the picture before its EXIF orientation turned it" if sideways else ""
+        hint = SIDEWAYS if tuple(found) == tuple(size)[::-1] else ""
         raise ValueError(f"{name} has size {list(found)}, expected that of the image, {list(size)}{hint}")
 
 
