@@ -23,7 +23,8 @@ from uground.hub.command import DTYPES, run_command
 from uground.hub.official_tokenizer import IMAGE, REJECT, SEGMENT
 from uground.hub.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_config_from_state_dict
 from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, first_line, read_json, resolve_folder
+from uground.hub.weight_files import WeightFiles, first_line, resolve_folder
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.configuration_uground import SIMILARITY_SCALINGS
 from uground.processing import UGroundProcessor, letterbox_image_processor
@@ -152,7 +153,7 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
         OSError: there is none.
         ValueError: it is one of something else, or of a LLaVA without a class token to be dropped.
     """
-    content = read_json(folder / "config.json")
+    content = read_json_object(folder / "config.json")
     if content.get("model_type") not in LMM_TYPES:
         raise ValueError(
             f"The LMM {folder} must be of type {' or '.join(LMM_TYPES)}, got {content.get('model_type')}."
@@ -227,7 +228,7 @@ def open_sam(source: str):
         depth = config.mask_decoder_config.iou_head_depth
         return config, weights, partial(original_sam_name, iou_head_depth=depth)
     folder = resolve_folder(source, "SAM")
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_json_object(folder / "config.json").get("model_type")
     if kind != SamConfig.model_type:
         raise ValueError(f"The SAM {folder} must be of type {SamConfig.model_type}, got {kind}.")
     return SamConfig.from_pretrained(folder), WeightFiles(folder, "SAM file"), sam_name

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from uground.hub.weight_files import first_line, name_some, read_json
+from uground.hub.weight_files import first_line, name_some
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -27,7 +28,7 @@ def read_config(folder: str | os.PathLike) -> UGroundConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"the folder {str(folder)!r} is no checkpoint: it holds no config.json")
-    content = read_json(path)
+    content = read_json_object(path)
     if content.get("model_type") != UGroundConfig.model_type:
         raise ValueError(
             f"{path} must be of model_type {UGroundConfig.model_type!r}, got {content.get('model_type')!r}"
@@ -59,7 +60,7 @@ def check_adapter(folder: str | os.PathLike) -> dict:
         ValueError: a tensor is not finite, there is none, or it is no adapter that peft can load.
     """
     folder = Path(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json_object(folder / ADAPTER_CONFIG)
     if "peft_type" not in config:
         raise ValueError(f"{folder / ADAPTER_CONFIG} is no configuration of peft: it has no peft_type")
     _require_safetensors(folder, ADAPTER_WEIGHTS, ADAPTER_WEIGHTS)

@@ -28,7 +28,8 @@ from uground.hub.official_names import (
 )
 from uground.hub.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, has_tokenizer
 from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, read_json, resolve_folder
+from uground.hub.weight_files import WeightFiles, resolve_folder
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor, letterbox_image_processor
 
@@ -66,7 +67,7 @@ class Source:
             OSError, ValueError: a folder is incomplete, or is not what it should be.
         """
         folder = resolve_folder(source, "checkpoint")
-        config = read_json(folder / "config.json")
+        config = read_json_object(folder / "config.json")
         weights = WeightFiles(folder)
         check_family(source, weights.shapes, _known_tokens(folder))
         vision_folder = resolve_folder(vision_tower, "vision tower")
@@ -82,7 +83,7 @@ class Source:
 
 def _known_tokens(folder: Path) -> list[str]:
     path = folder / "added_tokens.json"
-    return list(read_json(path)) if path.is_file() else []
+    return list(read_json_object(path)) if path.is_file() else []
 
 
 def convert_official(

@@ -17,7 +17,7 @@ from uground import UGroundConfig, UGroundForReferringSegmentation, UGroundProce
 from uground.hub.closure import AUTO_MAP, ENTRY_FILES, PACKAGE, code_files, complete_folder, main, stamp_config
 from uground.modeling_uground import configuration_uground
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, TESTED_TRANSFORMERS
-from uground.modeling_uground.hub_files import is_inside
+from uground.modeling_uground.checkpoint_files import is_inside
 
 RELEASES = sorted(path for path in (Path(__file__).parent / "releases").iterdir() if path.is_dir())
 
