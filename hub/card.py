@@ -14,10 +14,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from uground.command_line import run_command
 from uground.hub.checkpoint_folder import ADAPTER_CONFIG, read_config
-from uground.hub.command import run_command
-from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground import UGroundConfig
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground.model_card import CardFacts, build_model_card, check_card
 from uground.training.recipe_file import RECIPE_FILE
 

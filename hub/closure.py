@@ -18,9 +18,9 @@ from pathlib import Path
 from transformers import GenerationConfig, logging
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from uground.command_line import run_command
 from uground.hub.card import add_card_arguments, card_facts, write_card
 from uground.hub.checkpoint_folder import load_checkpoint, read_config
-from uground.hub.command import run_command
 from uground.hub.example import write_example
 from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, UGroundConfig

@@ -104,7 +104,9 @@ def _read_spm(folder: Path) -> Tokenizer:
     absent = [token for token in names.values() if token not in vocab]
     if absent:
         raise ValueError(f"{path} holds no {', '.join(absent)}, so it is no tokenizer of LLaMA.")
-    settings = read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = (
+        read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    )
     llama = LlamaTokenizer(
         vocab=vocab, merges=generate_merges(vocab), legacy=settings.get("legacy") is not False, **names
     )

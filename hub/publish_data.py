@@ -20,7 +20,7 @@ import pyarrow.parquet as parquet
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm import tqdm
 
-from uground.hub.command import run_command
+from uground.command_line import run_command, seed_number
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.publish import listing
 from uground.training.data.prepared import FEATURES, prepared_splits, write_prepared
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")
     parser.add_argument("--license", help="licence of pictures and annotations, as the Hub spells it")
     parser.add_argument("--count", type=int, default=1000, help="examples of each split, for scenes")
-    parser.add_argument("--seed", type=int, default=0, help="seed, for scenes")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed, for scenes")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _run(options))
 

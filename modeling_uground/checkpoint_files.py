@@ -21,6 +21,7 @@ from transformers.utils import (
 # What Git leaves in place of a large file that was not fetched.
 LFS_POINTER = b"version https://git-lfs"
 LONGEST_REASON = 240
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PARTS = ("lmm_config", "sam_config")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # Of a generation configuration: counts of at least 1, and ids of tokens, one or several.
@@ -112,7 +113,9 @@ def _check_dtypes(content: dict, place: str) -> None:
         if isinstance(value, dict):
             _check_dtypes(value, f"{place}{name}.")
         elif name in DTYPE_KEYS and value is not None and not _is_dtype(value):
-            raise ValueError(f"{CONFIG_NAME}: {place}{name} must be a dtype of PyTorch, such as float32, got {value!r}")
+            raise ValueError(
+                f"{CONFIG_NAME}: {place}{name} must be a dtype of PyTorch, such as float32, got {value!r}"
+            )
 
 
 def _is_dtype(value) -> bool:
@@ -152,11 +155,13 @@ class CheckpointFilesMixin:
         Like `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, ValueError: a file of the folder is cut, empty, a pointer of Git LFS, or does not say what it must.
+            OSError, ValueError: a file of the folder is cut, empty, a pointer of Git LFS, or says what it must not.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
-            check_model_files(folder, None if kwargs.get("variant") else kwargs.get("config", folder), cls.config_class)
+            check_model_files(
+                folder, None if kwargs.get("variant") else kwargs.get("config", folder), cls.config_class
+            )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
@@ -173,7 +178,9 @@ def check_model_files(folder: Path, config, config_class: type) -> None:
         OSError, ValueError: names the file that cannot be used.
     """
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        read_adapter_config(folder)
+        read_adapter_config(folder) if (folder / CONFIG_NAME).is_file() else adapter_base(folder)
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            _count_tensors(folder / ADAPTER_WEIGHTS)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         check_generation_config(folder / GENERATION_CONFIG_NAME)
     if config is None or not (folder / CONFIG_NAME).is_file():
@@ -195,11 +202,24 @@ def read_adapter_config(folder: str | Path) -> dict:
     path = Path(folder, ADAPTER_CONFIG_NAME)
     content = read_json_object(path)
     if not isinstance(content.get("peft_type"), str):
-        raise ValueError(f"{path} is no configuration of peft: peft_type must be a name, got {content.get('peft_type')!r}")
-    base = content.get("base_model_name_or_path")
-    if not (path.parent / CONFIG_NAME).is_file() and not (isinstance(base, str) and base):
-        raise ValueError(f"{path} must name the base of its adapter in base_model_name_or_path, got {base!r}")
+        raise ValueError(
+            f"{path} is no configuration of peft: peft_type must be a name, got {content.get('peft_type')!r}"
+        )
     return content
+
+
+def adapter_base(folder: str | Path) -> str:
+    """
+    What the `adapter_config.json` of a folder says that its adapter is of: a folder or a Hub id.
+
+    Raises:
+        OSError, ValueError: it says nothing, or cannot be read.
+    """
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        path = Path(folder, ADAPTER_CONFIG_NAME)
+        raise ValueError(f"{path} must name the base of its adapter in base_model_name_or_path, got {base!r}")
+    return base
 
 
 def check_generation_config(path: Path) -> None:
@@ -213,7 +233,9 @@ def check_generation_config(path: Path) -> None:
             raise ValueError(f"{path}: {name} must be a whole number of at least 1, got {value!r}")
     for name in TOKEN_IDS:
         value = content.get(name)
-        if value is not None and not all(type(token) is int for token in (value if isinstance(value, list) else [value])):
+        if value is not None and not all(
+            type(token) is int for token in (value if isinstance(value, list) else [value])
+        ):
             raise ValueError(f"{path}: {name} must be the id of a token, or a list of them, got {value!r}")
     try:
         GenerationConfig.from_dict(content).validate()
@@ -252,7 +274,10 @@ def read_weight_map(index: Path, needed: tuple[str, ...] = ("metadata", "weight_
     Raises:
         OSError, ValueError: it cannot be read, lacks what it needs, or names files outside of its folder.
     """
-    content = read_json_object(index)
+    try:
+        content = read_json_object(index)
+    except ValueError as error:
+        raise ValueError(f"{index} is no index of weights ({reason_of(error)})") from error
     for key in needed:
         if not isinstance(content.get(key), dict) or (key == "weight_map" and not content[key]):
             raise ValueError(f"{index} is no index of weights: {key} must be an object, got {content.get(key)!r:.80}")
@@ -282,7 +307,9 @@ def _count_tensors(file: Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             return len(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise OSError(f"the weights in {file} cannot be read, they may be cut or damaged ({reason_of(error)})") from error
+        raise OSError(
+            f"the weights in {file} cannot be read, they may be cut or damaged ({reason_of(error)})"
+        ) from error
 
 
 def _check_extent(folder: Path, text_config: PreTrainedConfig, num_tensors: int, num_bytes: int) -> None:
@@ -293,14 +320,13 @@ def _check_extent(folder: Path, text_config: PreTrainedConfig, num_tensors: int,
         raise ValueError(f"{path} says num_hidden_layers {layers}, but the weights hold {num_tensors} tensors in all")
     embeddings = getattr(text_config, "vocab_size", 0) * getattr(text_config, "hidden_size", 0)
     if embeddings > num_bytes:
-        raise ValueError(
-            f"{path} says {text_config.vocab_size} embeddings of width {text_config.hidden_size}, but the weights have "
-            f"{num_bytes} bytes in all"
-        )
+        shape = (text_config.vocab_size, text_config.hidden_size)
+        raise ValueError(f"{path} says that embeddings have the shape {shape}, but the weights have {num_bytes} bytes")
 
 
 __all__ = [
     "CheckpointFilesMixin",
+    "adapter_base",
     "check_config_fields",
     "check_generation_config",
     "check_model_files",

@@ -12,6 +12,7 @@ from .post_processing import post_process_masks, post_process_segments
 from .processor_files import (
     check_fields,
     check_image_settings,
+    check_length,
     check_loaded,
     names_broken_files,
     names_tokenizer_files,
@@ -112,7 +113,7 @@ class UGroundProcessor(ProcessorMixin):
                 LFS; the sentence names the file.
         """
         with names_broken_files(pretrained_model_name_or_path, **kwargs):
-            # This class is no code of the checkpoint, and asks for none: without the word, transformers would ask back.
+            # This class asks for no code of the checkpoint; without the word, transformers would ask back.
             trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
             processor = super().from_pretrained(pretrained_model_name_or_path, **trusted, **kwargs)
             loaded = processor[0] if isinstance(processor, tuple) else processor
@@ -133,6 +134,7 @@ class UGroundProcessor(ProcessorMixin):
             check_image_settings(setting, name)
         with names_tokenizer_files(pretrained_model_name_or_path, **kwargs):
             tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        check_length(tokenizer)
         return [*(SamImageProcessorPil(**setting) for setting in settings), tokenizer]
 
     def __call__(

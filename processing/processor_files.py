@@ -51,7 +51,13 @@ def names_broken_files(source, **options) -> Iterator[None]:
             raise
         if said.startswith((PROCESSOR_FILE, TEMPLATE_FILE, TOKENIZER_SETTINGS)):
             raise kind(f"{source}/{said}") from error
-        part = f"tokenizer ({TOKENIZER_FILE}, {TOKENIZER_SETTINGS})" if "tokenizer" in said else "processor"
+        # The base class alone is what tokenizers raises, of a vocabulary that lacks its unknown token, for one.
+        is_of_tokenizer = "tokenizer" in said or type(error) is Exception
+        part = (
+            f"tokenizer ({TOKENIZER_FILE}, {TOKENIZER_SETTINGS})"
+            if is_of_tokenizer
+            else f"processor ({PROCESSOR_FILE})"
+        )
         raise kind(f"the {part} of {source} cannot be used: {said}") from error
 
 
@@ -85,12 +91,12 @@ def check_image_settings(settings: dict, name: str) -> None:
         settings: of one image processor, as `processor_config.json` holds them.
         name: of that image processor.
     """
-    sides = [(settings.get("size") or {}, "longest_edge"), *((settings.get("pad_size") or {}, side) for side in ("height", "width"))]
-    found = [place.get(key) if isinstance(place, dict) else place for place, key in sides]
+    places = (("size", "longest_edge"), ("pad_size", "height"), ("pad_size", "width"))
+    found = [settings[key].get(side) if isinstance(settings.get(key), dict) else None for key, side in places]
     if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in found) or len(set(found)) != 1:
         raise ValueError(
-            f"{PROCESSOR_FILE}: {name} must have one side in 1..{LARGEST_SIDE} as longest_edge of its size and as height "
-            f"and width of its pad_size, got {settings.get('size')!r:.60} and {settings.get('pad_size')!r:.60}"
+            f"{PROCESSOR_FILE}: {name} must have the same side in 1..{LARGEST_SIDE} as longest_edge of size and as "
+            f"height and width of pad_size, got {settings.get('size')!r:.60} and {settings.get('pad_size')!r:.60}"
         )
     for key in ("image_mean", "image_std"):
         values = settings.get(key)
@@ -117,6 +123,13 @@ def check_fields(settings: dict) -> None:
         raise ValueError(f"{PROCESSOR_FILE}: patch_size must be a whole number of at least 1, got {size!r:.60}")
 
 
+def check_length(tokenizer) -> None:
+    """Raise a `ValueError` unless the longest text of a tokenizer is a number of tokens."""
+    longest = tokenizer.model_max_length
+    if not _is_number(longest) or longest < 1:
+        raise ValueError(f"{TOKENIZER_SETTINGS}: model_max_length must be a number of at least 1, got {longest!r:.60}")
+
+
 def check_loaded(processor, source, **options) -> None:
     """
     Raise a `ValueError` unless a processor can write a prompt: an image and a query, then an answer.
@@ -125,9 +138,6 @@ def check_loaded(processor, source, **options) -> None:
         processor: loaded.
         source, options: as for [`names_broken_files`].
     """
-    longest = processor.tokenizer.model_max_length
-    if not _is_number(longest) or longest < 1:
-        raise ValueError(f"{TOKENIZER_SETTINGS}: model_max_length must be a number of at least 1, got {longest!r:.60}")
     path = _find(source, TEMPLATE_FILE, options)
     if path is not None and (reason := what_is_broken(path)) is not None:
         raise ValueError(f"{path} {reason}")
@@ -181,4 +191,12 @@ def _one_line(error: BaseException) -> str:
     return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}…"
 
 
-__all__ = ["check_fields", "check_image_settings", "check_loaded", "names_broken_files", "names_tokenizer_files", "what_is_broken"]
+__all__ = [
+    "check_fields",
+    "check_image_settings",
+    "check_length",
+    "check_loaded",
+    "names_broken_files",
+    "names_tokenizer_files",
+    "what_is_broken",
+]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from uground.command_line import CommandParser, run_command, seed_number
 from uground.training.data.prepared import write_prepared
 from uground.training.data.registry import DATASETS, read_samples
 from uground.training.data.wording import Wording, group_samples
@@ -40,15 +41,8 @@ def prepared_examples(arguments: argparse.Namespace, split: str) -> Iterator[dic
         yield wording.example(sample)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str):
-        self.exit(2, f"prepare: {message}\n")
-
-
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = CommandParser(
         "python -m uground.training.data.prepare",
         description=__doc__.splitlines()[0],
         epilog="datasets and splits: "
@@ -62,7 +56,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--words", choices=["training", "evaluation"], help="templates; by default training for the split train only"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of templates and of what is asked about each image")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of templates and of what is asked about each image"
+    )
     parser.add_argument("--targets-per-query", type=int, default=1, help="at most so many targets of an image at once")
     parser.add_argument("--queries-per-image", type=int, help="at most so many queries of an image; all by default")
     parser.add_argument(
@@ -80,21 +76,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
     arguments = _parse(argv)
+    return run_command("prepare", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     known = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].splits
     whole = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].whole_splits
-    try:
-        for split in arguments.split or whole:
-            if split not in known:
-                raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
-        for split in arguments.split or whole:
-            examples = tqdm(prepared_examples(arguments, split), desc=split, unit=" examples")
-            count = write_prepared(examples, arguments.output, split, arguments.embed_images)
-            print(f"{split}: {count} examples in {arguments.output}/data")
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare: {error}")
+    for split in arguments.split or whole:
+        if split not in known:
+            raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
+    for split in arguments.split or whole:
+        examples = tqdm(prepared_examples(arguments, split), desc=split, unit=" examples")
+        count = write_prepared(examples, arguments.output, split, arguments.embed_images)
+        print(f"{split}: {count} examples in {arguments.output}/data")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
