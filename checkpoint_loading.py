@@ -7,6 +7,7 @@ from pathlib import Path
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import adapter_base, check_model_files, reason_of
 from uground.processing import UGroundProcessor
+from uground.processing.processor_files import check_prompt_format
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIG_FILE, ADAPTER_FILE, PROCESSOR_FILE = "config.json", "adapter_config.json", "processor_config.json"
@@ -59,30 +60,29 @@ def base_of(adapter: str | os.PathLike) -> str:
         check_checkpoint(base)
     except OSError as error:
         raise OSError(
-            f"the folder {str(adapter)!r} holds an adapter, whose base {base!r} cannot be opened ({reason_of(error)}): "
+            f"the folder {str(adapter)!r} holds an adapter whose base {base!r} cannot be opened ({reason_of(error)}), "
             f"put the base there, or merge both by `python -m uground.hub.merge_lora {adapter} --base PATH --output O`"
         ) from error
     return base
 
 
-def load_processor(path: str | os.PathLike, base: str | os.PathLike | None = None) -> UGroundProcessor:
+def load_processor(path: str | os.PathLike) -> UGroundProcessor:
     """
     The processor of a checkpoint that was checked: it is there, of UGround, and its model and processor fit together.
 
     Args:
         path: folder or Hub id; of an adapter, the folder, whose base lends its processor where there is none.
-        base: the checkpoint that the model is of, where it is another.
 
     Raises:
         OSError, ValueError: something of it is not so, or a file is broken.
     """
-    if base is None:
-        base = base_of(path) if is_adapter(path) else path
+    base = base_of(path) if is_adapter(path) else path
     check_checkpoint(base)
     config = UGroundConfig.from_pretrained(base)
     holder = path if Path(path, PROCESSOR_FILE).is_file() else base
     processor = UGroundProcessor.from_pretrained(holder, trust_remote_code=False)
     check_pair(config, processor, holder)
+    check_prompt_format(processor, holder)
     return processor
 
 

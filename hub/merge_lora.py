@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm import tqdm
 
-from uground.checkpoint_loading import load_model, load_processor
+from uground.checkpoint_loading import load_model
 from uground.command_line import DTYPES, run_command
 from uground.hub.checkpoint_folder import ADAPTER_WEIGHTS, check_adapter, read_config
 from uground.hub.checkpoint_writer import ShardWriter, check_output, new_folder, save_all_but_weights
@@ -114,7 +114,7 @@ def _processor(adapter_folder: Path, base_folder: Path) -> UGroundProcessor | No
     """The processor saved with the adapter, or else with the base, or `None`."""
     for folder in (adapter_folder, base_folder):
         if (folder / PROCESSOR_CONFIG).is_file():
-            return load_processor(folder, base_folder)
+            return UGroundProcessor.from_pretrained(folder)
     return None
 
 

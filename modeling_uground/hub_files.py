@@ -22,6 +22,8 @@ class HubFilesMixin(CheckpointFilesMixin):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        for weights in Path(save_directory).glob("*.safetensors"):
+            give_usual_mode(weights)
         if kwargs.get("is_main_process", True):
             copy_companions(save_directory, self.config)
 
@@ -55,6 +57,23 @@ class HubFilesMixin(CheckpointFilesMixin):
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         self.prepare_upload(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def give_usual_mode(path: Path) -> None:
+    """
+    Let others read a file as far as the user lets them read new files.
+
+    safetensors writes to a temporary file, which nobody else may read, and moves it into place.
+    """
+    if path.stat().st_mode & 0o777 != 0o600:
+        return
+    # The mask can only be read by making a file: setting it, even for a moment, would change it for all threads.
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
 
 
 def copy_companions(folder: str | os.PathLike, config) -> None:
@@ -104,4 +123,4 @@ def check_shard_names(folder: str | os.PathLike) -> None:
         read_weight_map(Path(folder, SAFE_WEIGHTS_INDEX_NAME), needed=("weight_map",))
 
 
-__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names"]
+__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names", "give_usual_mode"]

@@ -13,7 +13,7 @@ from .processor_files import (
     check_fields,
     check_image_settings,
     check_length,
-    check_loaded,
+    check_template,
     names_broken_files,
     names_tokenizer_files,
 )
@@ -117,7 +117,7 @@ class UGroundProcessor(ProcessorMixin):
             trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
             processor = super().from_pretrained(pretrained_model_name_or_path, **trusted, **kwargs)
             loaded = processor[0] if isinstance(processor, tuple) else processor
-            check_loaded(loaded, pretrained_model_name_or_path, **kwargs)
+            check_template(loaded, pretrained_model_name_or_path, **kwargs)
         return processor
 
     @classmethod

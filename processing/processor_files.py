@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from .prompt_format import PromptFormat
+from .prompt_format import PLACEHOLDER, PromptFormat
 
 PROCESSOR_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "processor_config.json", "tokenizer.json", "chat_template.jinja"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
@@ -130,9 +130,9 @@ def check_length(tokenizer) -> None:
         raise ValueError(f"{TOKENIZER_SETTINGS}: model_max_length must be a number of at least 1, got {longest!r:.60}")
 
 
-def check_loaded(processor, source, **options) -> None:
+def check_template(processor, source, **options) -> None:
     """
-    Raise a `ValueError` unless a processor can write a prompt: an image and a query, then an answer.
+    Raise a `ValueError` unless the chat template of a processor can be rendered.
 
     Args:
         processor: loaded.
@@ -141,14 +141,23 @@ def check_loaded(processor, source, **options) -> None:
     path = _find(source, TEMPLATE_FILE, options)
     if path is not None and (reason := what_is_broken(path)) is not None:
         raise ValueError(f"{path} {reason}")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PLACEHOLDER}]}
+    try:
+        processor.apply_chat_template([asked], add_generation_prompt=True)
+    except Exception as error:  # of jinja, which is given whatever lies in the file
+        raise ValueError(f"{TEMPLATE_FILE} cannot be used ({_one_line(error)})") from error
+
+
+def check_prompt_format(processor, source) -> None:
+    """Raise a `ValueError` unless a rendered chat template holds all that a prompt needs; one cut short may not."""
     try:
         first = PromptFormat.of(processor).first
     except ValueError as error:
-        raise ValueError(f"{TEMPLATE_FILE}: {_one_line(error)}") from error
-    except Exception as error:  # of jinja, which is given whatever lies in the file
-        raise ValueError(f"{TEMPLATE_FILE} cannot be used ({_one_line(error)})") from error
+        raise ValueError(f"{source}/{TEMPLATE_FILE}: {_one_line(error)}") from error
     if first.count(processor.image_token) != 1:
-        raise ValueError(f"{TEMPLATE_FILE} must write {processor.image_token} once for an image, got {first[:80]!r}")
+        raise ValueError(
+            f"{source}/{TEMPLATE_FILE} must write {processor.image_token} once for an image, got {first[:80]!r}"
+        )
 
 
 def what_is_broken(path: Path) -> str | None:
@@ -195,7 +204,8 @@ __all__ = [
     "check_fields",
     "check_image_settings",
     "check_length",
-    "check_loaded",
+    "check_prompt_format",
+    "check_template",
     "names_broken_files",
     "names_tokenizer_files",
     "what_is_broken",

@@ -52,7 +52,7 @@ class EvaluationArguments:
     model: str
     dataset: str = "scenes"
     root: str | None = None
-    split: str = "test"
+    split: str | None = None
     protocol: list[str] = field(default_factory=list)
     style: str = "generate"
     count: int | None = None
@@ -146,7 +146,8 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     dtype = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
     model = load_model(arguments.model, **dtype).to(state.device)
     layers = checked_layers(arguments.layers, model.config.num_layers)
-    store = BlockStore(arguments.output, _settings(arguments, data, layers))
+    settings = _settings(arguments, data, protocols, layers)
+    store = BlockStore(arguments.output, settings)
     blocks = store.finished()
     # Before anybody adds to it: all must see the same blocks, or two would share the rest out differently.
     state.wait_for_everyone()
@@ -160,7 +161,7 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
         store.add(fresh[-1])
     blocks |= {block["block"]: block for block in gather_object(fresh)}
     results = _reduce([blocks[number] for number in range(total)], protocols, layers, arguments, data)
-    results |= {"command": command, "processes": state.num_processes}
+    results |= {"command": command, "processes": state.num_processes, "settings": settings}
     if arguments.output and state.is_main_process:
         rows = [row for number in range(total) for row in blocks[number]["predictions"]]
         write_results(arguments.output, results, rows)
@@ -173,15 +174,18 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     return results
 
 
-def _settings(arguments: EvaluationArguments, data: EvaluationData, layers: list[str | int]) -> dict:
-    """Everything that the counts depend on, for an interrupted evaluation to be recognised."""
-    names = ("dataset", "root", "split", "style", "seed", "batch_size", "max_new_tokens", "dtype")
+def _settings(arguments: EvaluationArguments, data: EvaluationData, protocols, layers: list[str | int]) -> dict:
+    """Everything that the results depend on, for those of another evaluation to be recognised."""
+    names = ("dataset", "root", "style", "seed", "batch_size", "max_new_tokens", "dtype")
     weights = sorted(Path(arguments.model).glob("*.safetensors")) if Path(arguments.model).is_dir() else []
     return {
         "model": str(Path(arguments.model).resolve()) if weights else arguments.model,
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime] for path in weights],
         **{name: getattr(arguments, name) for name in names},
+        "split": data.split,
+        "content": data.content,
         "count": data.size,
+        "protocol": protocols,
         "layers": layers,
     }
 
@@ -256,13 +260,14 @@ def _reduce(blocks: list[dict], protocols: list[str], layers, arguments: Evaluat
         "calibration": scores,
         "counts": {name: row["queries"] for name, row in figures[protocols[0]][str(layers[0])].items()},
         **{name: value for name, value in asdict(arguments).items() if name not in ("output", "protocol", "style")},
+        "split": data.split,
         "count": data.size,
         "layers": layers,
         "versions": {package: version(package) for package in PACKAGES},
         "commit": git_commit(Path(uground.__file__).parent),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    if arguments.style == "generate":
+    if arguments.style == "generate" and data.is_answer_known:
         results["answers_as_written"] = 1 - sum(block["wrong_answers"] for block in blocks) / data.size
     return results
 
@@ -324,10 +329,12 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
         "--model", default=tiny_checkpoint(), help="folder or Hub id; the bundled checkpoint by default"
     )
     parser.add_argument(
-        "--dataset", default="scenes", help="scenes, the name of a dataset, a prepared folder, or a Hub id"
+        "--dataset",
+        default="scenes",
+        help="scenes, a JSONL file, a name, a prepared folder, or a Hub id",
     )
     parser.add_argument("--root", help="folder of the dataset's original files")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="(default: test); a JSONL file is one split, which this only names")
     parser.add_argument(
         "--protocol", nargs="+", default=[], help=f"{', '.join(PROTOCOLS)}; by default the usual one of the dataset"
     )

@@ -23,6 +23,7 @@ from transformers import CLIPVisionModel, SamModel, get_cosine_schedule_with_war
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from uground.command_line import run_command, seed_number
+from uground.modeling_uground.hub_files import give_usual_mode
 from uground.modeling_uground.lmm_access import token_validity, vision_key_mask
 from uground.training.collator import letterbox_mask
 from uground.training.scene_drawing import COLOURS, KINDS, SIZES, TEXTURES, Scene
@@ -237,6 +238,8 @@ def pretrain(stage_name: str, output: Path, steps: int, batch_size: int, learnin
             sums = {}
         if step % SAVE_EVERY == 0 or step == steps:
             stage.model.save_pretrained(output)
+            for weights in Path(output).glob("*.safetensors"):
+                give_usual_mode(weights)
     return figures
 
 

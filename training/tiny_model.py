@@ -150,6 +150,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> UGroundProcessor:
 
 def assemble(sam: Path, vision: Path, output: Path, seed: int = 0) -> None:
     """Put pretrained SAM and vision tower, a new language model, policy and projection together and save them."""
+    trained_sam, trained_vision = _trained(SamModel, sam), _trained(CLIPVisionModel, vision)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
     processor = build_processor(tokenizer)
@@ -161,8 +162,8 @@ def assemble(sam: Path, vision: Path, output: Path, seed: int = 0) -> None:
         similarity_scaling="scaled",
     )
     model = UGroundForReferringSegmentation(config)
-    model.mask_decoder.sam.load_state_dict(_trained(SamModel, sam).state_dict())
-    model.lmm.model.vision_tower.load_state_dict(_trained(CLIPVisionModel, vision).state_dict())
+    model.mask_decoder.sam.load_state_dict(trained_sam.state_dict())
+    model.lmm.model.vision_tower.load_state_dict(trained_vision.state_dict())
     model.save_pretrained(output)
     processor.save_pretrained(output)
 

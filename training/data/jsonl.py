@@ -73,6 +73,15 @@ class JsonlSource:
         """What a line is called in messages: file and line number."""
         return f"{self.path}:{self._lines[index][0]}"
 
+    def line(self, index: int) -> dict:
+        """
+        A line as it stands, its image and masks not opened.
+
+        Raises:
+            ValueError: it is no JSON object; the sentence begins with file and line number.
+        """
+        return parse_line(self._lines[index][1], self.name_of(index))
+
     def record(self) -> dict:
         """What the data are, for a run that is to be resumed: changed lines change it."""
         text = "\n".join(line for _, line in self._lines)
@@ -92,17 +101,32 @@ def read_line(line: str, folder: Path, name: str) -> dict:
         OSError: an image or a mask file is missing or unreadable.
         ValueError: the line does not say what it must; the sentence begins with `name`.
     """
+    record = parse_line(line, name)
+    _check_keys(record, KEYS, name)
+    if not isinstance(record.get("image"), str):
+        raise ValueError(f"{name}: image must be the path of a picture, got {record.get('image')!r}")
+    image = _read_picture(folder / record["image"], name)
+    return build_example(record, image, folder, name)
+
+
+def parse_line(line: str, name: str) -> dict:
+    """The object of a line; a `ValueError` that begins with `name` for anything else."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: the line is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{name}: a line must be a JSON object, got {type(record).__name__}")
-    _check_keys(record, KEYS, name)
-    if not isinstance(record.get("image"), str):
-        raise ValueError(f"{name}: image must be the path of a picture, got {record.get('image')!r}")
-    image = _read_picture(folder / record["image"], name)
-    return build_example(record, image, folder, name)
+    return record
+
+
+def asks_for_masks(record: dict) -> bool:
+    """Whether a line wants masks, or to hear that nothing is there, and not an answer in words alone."""
+    turns = record.get("turns")
+    asked = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else record
+    answer = asked.get("answer")
+    attribute = record.get("attribute") or (_attribute(answer) if isinstance(answer, str) else None)
+    return attribute != "vqa"
 
 
 def build_example(record: dict, image: Image.Image, folder: Path, name: str) -> dict:
@@ -275,4 +299,4 @@ def _box_iou(first, second) -> float:
     return float(overlap / (sum(areas) - overlap))
 
 
-__all__ = ["JsonlSource", "build_example", "read_line"]
+__all__ = ["JsonlSource", "asks_for_masks", "build_example", "parse_line", "read_line"]
