@@ -98,15 +98,13 @@ def training(folder: Path, out: Path, *flags) -> list:
     ]
     plain = ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--gradient_checkpointing", "false"]
     sizes = ["--loss_size", "16", "--gaussian_kernel_size", "3", "--per_device_train_batch_size", "1"]
-    return [*data, *saving, *plain, *sizes, "--lr_scheduler_type", "constant", *flags]
+    return [*data, *plain, *sizes, "--lr_scheduler_type", "constant", *flags]
 
 
 def calls(folder: Path, out: Path) -> list[tuple]:
     """Every command that opens a checkpoint or parts of one: its `main` and its arguments."""
     model, image = folder / "model", folder / "image.png"
     few = ["--max-new-tokens", "2"]
-    asked = ["--input", image, "--queries", folder / "queries.txt", "--output", out / "a"]
-    adapted = ["--model", model, "--adapter", folder / "adapter", "--max_steps", "1"]
     measured = ["--dataset", folder / "mine.jsonl", *few]
     return [
         (command.main, [image, "the cup", "--model", model, *few]),
