@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 
+from .checkpoint_files import refuses_bad_config
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .hub_files import HubFilesMixin, check_shard_names
@@ -135,6 +136,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (SAM).
     """
 
+    @refuses_bad_config
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
         hidden_size = config.get_text_config().hidden_size
