@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench style tiny-checkpoint clean
+.PHONY: demo test check bench fuzz style tiny-checkpoint clean
 
 demo: $(READY)
 	$(BIN)/python -m uground examples/scene.png "the small red boat" --output overlay.png
@@ -20,6 +20,10 @@ check: $(READY)
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+# 10,000 broken and whole inputs, in a few minutes; no part of CI.
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py --count 10000 --seed 0
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
