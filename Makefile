@@ -12,7 +12,7 @@ LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loadi
 	official_tokenizer processing pipeline trainer peft quantization merge_lora distributed hub_closure publish \
 	publish_trainer publish_data metrics_modules jsonl data_prepare scenes bundled main quiet))
 
-.PHONY: demo test test-floor check bench style tiny-checkpoint clean
+.PHONY: demo test test-floor check bench fuzz style tiny-checkpoint clean
 
 demo: $(READY)
 	$(BIN)/python -m uground examples/scene.png "the small red boat" --output overlay.png
@@ -30,6 +30,10 @@ check: $(READY)
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+# 10,000 broken and whole inputs, in a few minutes; no part of CI.
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py --count 10000 --seed 0
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,14 +1,14 @@
 """On the way to the Hub a model takes its code along and explains itself; on the way back it stays in its folder."""
 
-import json
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from .checkpoint_files import CheckpointFilesMixin, read_weight_map
 from .model_card import CardFacts, build_model_card, is_card_of_uground
 
 CARD_FILE = "README.md"
@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 COMPANIONS = ("pipeline_uground.py", "processing_uground.py")
 
 
-class HubFilesMixin:
+class HubFilesMixin(CheckpointFilesMixin):
     """
     For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push.
 
@@ -29,6 +29,8 @@ class HubFilesMixin:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        for weights in Path(save_directory).glob("*.safetensors"):
+            give_usual_mode(weights)
         if kwargs.get("is_main_process", True):
             copy_companions(save_directory, self.config.name_or_path, self.revision)
 
@@ -62,6 +64,23 @@ class HubFilesMixin:
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         self.prepare_upload(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def give_usual_mode(path: Path) -> None:
+    """
+    Let others read a file as far as the user lets them read new files.
+
+    safetensors writes to a temporary file, which nobody else may read, and moves it into place.
+    """
+    if path.stat().st_mode & 0o777 != 0o600:
+        return
+    # The mask can only be read by making a file: setting it, even for a moment, would change it for all threads.
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
 
 
 def copy_companions(folder: str | os.PathLike, origin: str | None, revision: str | None = None) -> None:
@@ -109,29 +128,13 @@ def _find_companion(name: str, origin: str, revision: str | None) -> Path | None
 
 def check_shard_names(folder: str | os.PathLike) -> None:
     """
-    Raise an error if the index of a local checkpoint names files outside of its folder.
+    Raise an error if the index of a local checkpoint is none, or names files outside of its folder.
 
     Raises:
         ValueError: it does; the sentence names one.
     """
-    if folder is None or not Path(folder, SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights") from error
-    for name in sorted(names, key=str):
-        if not is_inside(name):
-            raise ValueError(f"{index} must name files beside it, got {name!r}")
+    if folder is not None and Path(folder, SAFE_WEIGHTS_INDEX_NAME).is_file():
+        read_weight_map(Path(folder, SAFE_WEIGHTS_INDEX_NAME), needed=("weight_map",))
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative path of a repository stays in its folder."""
-    if not isinstance(name, str) or not name or "\\" in name:
-        return False
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
-
-
-__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names", "is_inside"]
+__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names", "give_usual_mode"]

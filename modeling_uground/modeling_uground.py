@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
+from .checkpoint_files import refuses_bad_config
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .image_rows import check_images, check_queries, resolve_image_index
@@ -46,6 +47,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (SAM).
     """
 
+    @refuses_bad_config
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
         # Settings may have been changed since the config was made.

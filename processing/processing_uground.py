@@ -9,6 +9,14 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
+from .processor_files import (
+    check_fields,
+    check_image_settings,
+    check_length,
+    check_template,
+    names_broken_files,
+    names_tokenizer_files,
+)
 from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
 from .prompt_pieces import (
@@ -113,6 +121,23 @@ class UGroundProcessor(ProcessorMixin):
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Like `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError, ValueError: there is no processor, or a file of it is cut, of another schema, or a pointer of Git
+                LFS; the sentence names the file.
+        """
+        with names_broken_files(pretrained_model_name_or_path, **kwargs):
+            # This class asks for no code of the checkpoint; without the word, transformers would ask back.
+            trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+            processor = super().from_pretrained(pretrained_model_name_or_path, **trusted, **kwargs)
+            loaded = processor[0] if isinstance(processor, tuple) else processor
+            check_template(loaded, pretrained_model_name_or_path, **kwargs)
+        return processor
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """
         Build the sub-processors; the image ones straight on PIL, whatever back-end would be picked by default.
@@ -127,7 +152,12 @@ class UGroundProcessor(ProcessorMixin):
             )
         changed = take_image_options(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_OPTIONS}
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        check_fields(processor_dict)
+        for name, setting in zip(("image_processor", "sam_image_processor"), settings, strict=True):
+            check_image_settings(setting, name)
+        with names_tokenizer_files(pretrained_model_name_or_path, **kwargs):
+            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        check_length(tokenizer)
         return [*(SamImageProcessorPil(**{**setting, **changed}) for setting in settings), tokenizer]
 
     def apply_chat_template(self, conversation, *args, **kwargs):

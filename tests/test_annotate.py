@@ -2,10 +2,9 @@
 
 import io
 import json
+import os
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib

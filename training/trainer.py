@@ -10,6 +10,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from uground.hub.trainer_push import HubPushMixin
+from uground.modeling_uground.hub_files import give_usual_mode
 from uground.modeling_uground.layer_policy import LayerPolicy
 from uground.training.adapters import trainable_in_float32
 from uground.training.answer_evaluation import AnswerEvaluation
@@ -393,6 +394,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         with _own_class(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
+        for weights in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
+            give_usual_mode(weights)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save, say that it is whole, and only then push it and delete what is older."""
