@@ -58,7 +58,7 @@ def seed_number(text: str) -> int:
     try:
         return checked_seed(int(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number in 0..{SEEDS[-1]}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"a seed must be a whole number in 0..{SEEDS[-1]}, got {text!r}") from None
 
 
 def checked_seed(seed: int, name: str = "seed") -> int:

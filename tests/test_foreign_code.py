@@ -141,8 +141,8 @@ def test_no_command_runs_code_of_a_checkpoint(planted, tmp_path, monkeypatch, ca
         ).exists():
             _plant_in_training(tmp_path / "f" / "checkpoint-1", mark)
         status = main(list(map(str, arguments)))
-        assert status == 0, (main.__module__, arguments, capsys.readouterr().err)
         assert not mark.exists(), f"{main.__module__} {arguments} ran code of {mark.read_text()}"
+        assert status == 0, (main.__module__, arguments, capsys.readouterr().err)
 
 
 def _plant_in_training(checkpoint: Path, mark: Path) -> None:

@@ -52,7 +52,7 @@ class EvaluationArguments:
     model: str
     dataset: str = "scenes"
     root: str | None = None
-    split: str | None = None
+    split: str = "test"
     protocol: list[str] = field(default_factory=list)
     style: str = "generate"
     count: int | None = None
@@ -335,7 +335,7 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
         help="scenes, a JSONL file, a name, a prepared folder, or a Hub id",
     )
     parser.add_argument("--root", help="folder of the dataset's original files")
-    parser.add_argument("--split", help="(default: test); a JSONL file is one split, which this only names")
+    parser.add_argument("--split", default="test", help="of a JSONL file, only a name for the results")
     parser.add_argument(
         "--protocol", nargs="+", default=[], help=f"{', '.join(PROTOCOLS)}; by default the usual one of the dataset"
     )

@@ -16,9 +16,6 @@ from uground.training.scenes import scene_examples
 
 SCENES = "scenes"
 DEFAULT_SCENES = 1000
-DEFAULT_SPLIT = "test"
-# A JSONL file is one split, whatever it is called.
-WHOLE_FILE = "all"
 JSONL = ".jsonl"
 HOUSE_PROTOCOLS = ("ordered", *(name for name in PROTOCOLS if name != "ordered"))
 
@@ -50,25 +47,26 @@ class EvaluationData:
     content: str | None = None
 
 
-def evaluation_data(dataset: str, root, split: str | None, count: int | None, seed: int) -> EvaluationData:
+def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int) -> EvaluationData:
     """
     The examples to measure on.
 
     Args:
         dataset: `"scenes"`, a JSONL file as for training, a name in `DATASETS`, the folder of a prepared dataset, or
-            the id of one on the Hub; the split may be named behind a colon.
+            the id of one on the Hub; a split that is named behind a colon takes the place of `split`.
         root: folder of the original files; for datasets read from them.
-        split: name of the split, by default "test"; a JSONL file is one split, which this only gives a name.
+        split: name of the split; a JSONL file is one, whatever it is called.
         count: at most so many, from the first; all by default, 1,000 of Scenes.
         seed: of Scenes.
 
     Raises:
         ValueError: no such dataset or split, or it has no masks. OSError: files are missing.
     """
-    dataset, split = _split_of(dataset, split)
+    name, colon, named = dataset.rpartition(":")
+    if colon and not Path(dataset).exists():
+        dataset, split = name, named
     if dataset.endswith(JSONL):
-        return _own_file(dataset, split or WHOLE_FILE, count)
-    split = split or DEFAULT_SPLIT
+        return _own_file(dataset, split, count)
     if dataset == SCENES:
         if split not in SCENE_SPLITS:
             raise ValueError(f"scenes has no split {split!r}; it has: {', '.join(SCENE_SPLITS)}")
@@ -104,16 +102,6 @@ def _limited(size: int, count: int | None, example, protocols: tuple[str, ...], 
     if not size:
         raise ValueError("; ".join(filter(None, ("the split holds no query about a mask", more.get("left_out")))))
     return EvaluationData(size if count is None else min(size, count), example, protocols, split, **more)
-
-
-def _split_of(dataset: str, split: str | None) -> tuple[str, str | None]:
-    """Dataset and split, where the dataset may name it behind a colon."""
-    name, colon, named = dataset.rpartition(":")
-    if not colon or Path(dataset).exists():
-        return dataset, split
-    if split not in (None, named):
-        raise ValueError(f"--dataset {dataset} names the split {named!r}, but --split says {split!r}")
-    return name, named
 
 
 def _own_file(path: str, split: str, count: int | None) -> EvaluationData:
