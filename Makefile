@@ -12,7 +12,7 @@ LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loadi
 	official_tokenizer processing pipeline trainer peft quantization merge_lora distributed hub_closure publish \
 	publish_trainer publish_data metrics_modules jsonl data_prepare scenes bundled main quiet))
 
-.PHONY: demo test test-floor check bench style tiny-checkpoint clean
+.PHONY: demo test test-floor check bench fuzz style tiny-checkpoint clean
 
 demo: $(READY)
 	$(BIN)/python -m uground examples/scene.png "the small red boat" --output overlay.png
@@ -31,6 +31,10 @@ check: $(READY)
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
 
+# 10,000 broken and whole inputs, in a few minutes; no part of CI.
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py --count 10000 --seed 0
+
 style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,9 +44,9 @@ tiny-checkpoint: $(READY)
 	$(BIN)/python -m uground.training.pretrain sam --output runs/tiny/sam --steps 1600 --batch-size 16
 	$(BIN)/python -m uground.training.pretrain vision --output runs/tiny/vision --steps 2000 --batch-size 32
 	$(BIN)/python -m uground.training.tiny_model --sam runs/tiny/sam --vision runs/tiny/vision --output runs/tiny/start
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-joint.yaml
-	$(BIN)/accelerate launch -m uground.training.finetune --config recipes/tiny-presence.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny-joint.yaml
+	$(BIN)/python -m uground.training.finetune --config recipes/tiny-presence.yaml
 	$(BIN)/python -m uground.hub.closure runs/tiny/finetuned --from-nothing --dataset scenes --license apache-2.0 \
 		--recipe recipes/tiny-presence.yaml
 

@@ -6,7 +6,6 @@ python -m uground photo.jpg "the cup" "whatever one can drink from" --model ./ch
 
 import argparse
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,14 +15,11 @@ import torch
 import transformers
 from PIL import Image
 from pycocotools import mask as coco_mask
-from safetensors import SafetensorError
 
 import uground
-from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
-from uground.processing import ReferringSegmentationPipeline, UGroundProcessor, draw_result, read_image
-
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from uground.checkpoint_loading import load_model, load_processor
+from uground.command_line import LOADING_DTYPES, run_command
+from uground.processing import ReferringSegmentationPipeline, draw_result, read_image
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--layer-selection", help="layer a segment is read at: argmax, last, sample, mc or a number (default: model's)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision (default: that of the checkpoint)")
+    parser.add_argument(
+        "--dtype", choices=LOADING_DTYPES, default="auto", help="precision (default: that of the checkpoint)"
+    )
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")
     parser.add_argument("--threshold", type=float, default=0.0, help="leave out segments with a lower score in 0..1")
     return parser
@@ -63,13 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            run(args)
-    except (OSError, ValueError, MemoryError, SafetensorError) as error:
-        print(f"uground: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    with warnings.catch_warnings(action="ignore"):
+        return run_command("uground", lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -108,33 +101,14 @@ def load_pipeline(model: str | None, device: str | None, dtype: str) -> Referrin
         OSError, ValueError: there is no such checkpoint, it is not of UGround, or there is no such device.
     """
     path = str(uground.tiny_checkpoint()) if model is None else model
-    check_checkpoint(path)
     check_device(device)
+    processor = load_processor(path)
     return ReferringSegmentationPipeline(
-        model=UGroundForReferringSegmentation.from_pretrained(path, dtype=dtype).eval(),
-        processor=UGroundProcessor.from_pretrained(path),
+        model=load_model(path, dtype=dtype),
+        processor=processor,
         task="referring-segmentation",
         device=device,
     )
-
-
-def check_checkpoint(path: str) -> None:
-    """Raise an error in one sentence unless `path` is the folder or the Hub id of a UGround checkpoint."""
-    if Path(path).is_dir():
-        if not Path(path, "config.json").is_file():
-            raise FileNotFoundError(f"the folder {path!r} is no checkpoint: it holds no config.json")
-    elif Path(path).exists() or not HUB_ID.fullmatch(path):
-        raise FileNotFoundError(f"the model {path!r} is neither a folder nor a Hub id")
-    try:
-        config, _ = UGroundConfig.get_config_dict(path)
-    except OSError as error:
-        raise OSError(
-            f"the model {path!r} could not be loaded: {next(iter(str(error).splitlines()), error)}"
-        ) from error
-    if config.get("model_type") != UGroundConfig.model_type:
-        raise ValueError(
-            f"the model {path!r} must be of type {UGroundConfig.model_type!r}, got {config.get('model_type')!r}"
-        )
 
 
 def check_device(device: str | None) -> None:

@@ -14,7 +14,8 @@ import json
 import torch
 from transformers import set_seed
 
-from uground import UGroundForReferringSegmentation, UGroundProcessor, tiny_checkpoint
+from uground import tiny_checkpoint
+from uground.checkpoint_loading import load_model, load_processor
 from uground.training.scenes import scenes
 
 LAYERS = ("argmax", "mc")
@@ -79,8 +80,8 @@ def main() -> None:
     parser.add_argument("--model", default=tiny_checkpoint())
     parser.add_argument("--count", type=int, default=500, help="queries of each split")
     args = parser.parse_args()
-    model = UGroundForReferringSegmentation.from_pretrained(args.model).eval()
-    processor = UGroundProcessor.from_pretrained(args.model)
+    processor = load_processor(args.model)
+    model = load_model(args.model)
     validation, test = (measure(model, processor, split, args.count) for split in ("validation", "test"))
     common = {"benchmark": "rejection", "queries": args.count}
     print(json.dumps({**common, "rule": "token alone", **figures(test)}), flush=True)

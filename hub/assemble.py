@@ -18,13 +18,14 @@ import transformers
 from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, SamConfig
 
+from uground.command_line import DTYPES, run_command, seed_number
 from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
-from uground.hub.command import DTYPES, run_command
 from uground.hub.official_tokenizer import IMAGE, REJECT, SEGMENT
 from uground.hub.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_config_from_state_dict
 from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, first_line, read_json, resolve_folder
+from uground.hub.weight_files import WeightFiles, first_line, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground.configuration_uground import SIMILARITY_SCALINGS
 from uground.processing import UGroundProcessor, letterbox_image_processor
 
@@ -152,7 +153,7 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
         OSError: there is none.
         ValueError: it is one of something else, or of a LLaVA without a class token to be dropped.
     """
-    content = read_json(folder / "config.json")
+    content = read_json_object(folder / "config.json")
     if content.get("model_type") not in LMM_TYPES:
         raise ValueError(
             f"The LMM {folder} must be of type {' or '.join(LMM_TYPES)}, got {content.get('model_type')}."
@@ -161,7 +162,7 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
         raise ValueError(
             f"The LMM {folder} is in the layout of the LLaVA code, expected that of transformers as in llava-hf/…."
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"The LMM {folder} must drop the class token (vision_feature_select_strategy 'default'), got "
@@ -187,7 +188,7 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig):
         ValueError: its `<image>` is not the one of the configuration.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # tokenizers raises the base class alone
         raise OSError(f"The tokenizer in {folder} cannot be read ({first_line(error)}).") from error
     image_token_id = tokenizer.get_vocab().get(IMAGE)
@@ -227,7 +228,7 @@ def open_sam(source: str):
         depth = config.mask_decoder_config.iou_head_depth
         return config, weights, partial(original_sam_name, iou_head_depth=depth)
     folder = resolve_folder(source, "SAM")
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_json_object(folder / "config.json").get("model_type")
     if kind != SamConfig.model_type:
         raise ValueError(f"The SAM {folder} must be of type {SamConfig.model_type}, got {kind}.")
     return SamConfig.from_pretrained(folder), WeightFiles(folder, "SAM file"), sam_name
@@ -323,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--similarity-scaling", choices=SIMILARITY_SCALINGS, default="scaled", help="minmax is the official one"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new projection")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the new projection")
     return parser
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
+from uground.command_line import run_command
 from uground.hub.checkpoint_folder import ADAPTER_CONFIG, read_config
-from uground.hub.command import run_command
-from uground.hub.weight_files import read_json
 from uground.modeling_uground import UGroundConfig
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground.model_card import CardFacts, build_model_card, check_card
 from uground.training.recipe_file import RECIPE_FILE
 
@@ -52,7 +52,7 @@ def build_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is no folder")
-    adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    adapter = read_json_object(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
     if adapter is not None and base_models is None:
         base = adapter.get("base_model_name_or_path")
         base_models = [base] if base and not Path(base).exists() else None
@@ -71,8 +71,8 @@ def build_card(
         datasets=datasets,
         license=license,
         recipe=recipe_text,
-        results=read_json(results) if results else None,
-        example=read_json(example) if example else None,
+        results=read_json_object(results) if results else None,
+        example=read_json_object(example) if example else None,
         is_adapter=adapter is not None,
     )
     if config is None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from uground.hub.weight_files import first_line, name_some, read_json
+from uground.checkpoint_loading import check_checkpoint, load_model
+from uground.hub.weight_files import first_line, name_some
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.modeling_uground.checkpoint_files import read_adapter_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -21,18 +23,10 @@ def read_config(folder: str | os.PathLike) -> UGroundConfig:
         OSError: there is no folder, or no `config.json` in it.
         ValueError: it is not one of UGround.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is no folder")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"the folder {str(folder)!r} is no checkpoint: it holds no config.json")
-    content = read_json(path)
-    if content.get("model_type") != UGroundConfig.model_type:
-        raise ValueError(
-            f"{path} must be of model_type {UGroundConfig.model_type!r}, got {content.get('model_type')!r}"
-        )
-    return UGroundConfig.from_dict(content)
+    check_checkpoint(folder)
+    return UGroundConfig.from_pretrained(folder)
 
 
 def load_checkpoint(folder: str | os.PathLike) -> UGroundForReferringSegmentation:
@@ -45,7 +39,7 @@ def load_checkpoint(folder: str | os.PathLike) -> UGroundForReferringSegmentatio
     """
     folder = Path(folder)
     _require_safetensors(folder, "model*.safetensors", "model.safetensors")
-    model = UGroundForReferringSegmentation.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder, dtype="auto")
     _require_finite(folder, model.state_dict().items())
     return model
 
@@ -59,9 +53,7 @@ def check_adapter(folder: str | os.PathLike) -> dict:
         ValueError: a tensor is not finite, there is none, or it is no adapter that peft can load.
     """
     folder = Path(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
-    if "peft_type" not in config:
-        raise ValueError(f"{folder / ADAPTER_CONFIG} is no configuration of peft: it has no peft_type")
+    config = read_adapter_config(folder)
     _require_safetensors(folder, ADAPTER_WEIGHTS, ADAPTER_WEIGHTS)
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:

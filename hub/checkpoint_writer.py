@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uground.hub.closure import stamp_config, write_code
 from uground.hub.weight_files import first_line
+from uground.modeling_uground.hub_files import give_usual_mode
 
 # A shard is kept in memory until it is full; together with what is read, this bounds the memory of a conversion.
 MAX_SHARD_BYTES = 1_000_000_000
@@ -140,6 +141,7 @@ class ShardWriter:
             save_file(self._held, path, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
             raise OSError(f"{path} cannot be written ({first_line(error)}).") from error
+        give_usual_mode(path)
         self._written.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

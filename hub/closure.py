@@ -18,11 +18,11 @@ from pathlib import Path
 from transformers import GenerationConfig, logging
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from uground.command_line import run_command
 from uground.hub.card import add_card_arguments, card_facts, write_card
 from uground.hub.checkpoint_folder import load_checkpoint, read_config
-from uground.hub.command import run_command
 from uground.hub.example import write_example
-from uground.hub.weight_files import read_json
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, UGroundConfig
 from uground.training.recipe_file import RECIPE_FILE
 
@@ -74,12 +74,12 @@ def stamp_config(folder: str | os.PathLike) -> UGroundConfig:
     """
     config = read_config(folder)
     path = Path(folder) / "config.json"
-    content = read_json(path)
+    content = read_json_object(path)
     content |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES, "uground_version": CODE_VERSION}
     write_json(path, content)
     processor = path.with_name("processor_config.json")
     if processor.is_file():
-        content = read_json(processor)
+        content = read_json_object(processor)
         # The parts of a processor carry the same entry; one loaded from a repository names that repository.
         for part in (content, content.get("image_processor"), content.get("sam_image_processor")):
             if part is not None:

@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from uground.command_line import DTYPES, run_command
 from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
-from uground.hub.command import DTYPES, run_command
 from uground.hub.official_config import build_config, check_family, check_vision_tower, vision_config
 from uground.hub.official_names import (
     EMBEDDINGS,
@@ -28,8 +28,9 @@ from uground.hub.official_names import (
 )
 from uground.hub.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, has_tokenizer
 from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, read_json, resolve_folder
+from uground.hub.weight_files import WeightFiles, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.processing import UGroundProcessor, letterbox_image_processor
 
 # The released code keeps its running reward outside of the weights and loses it; a converted policy starts anew.
@@ -66,7 +67,7 @@ class Source:
             OSError, ValueError: a folder is incomplete, or is not what it should be.
         """
         folder = resolve_folder(source, "checkpoint")
-        config = read_json(folder / "config.json")
+        config = read_json_object(folder / "config.json")
         weights = WeightFiles(folder)
         check_family(source, weights.shapes, _known_tokens(folder))
         vision_folder = resolve_folder(vision_tower, "vision tower")
@@ -82,7 +83,7 @@ class Source:
 
 def _known_tokens(folder: Path) -> list[str]:
     path = folder / "added_tokens.json"
-    return list(read_json(path)) if path.is_file() else []
+    return list(read_json_object(path)) if path.is_file() else []
 
 
 def convert_official(

@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
+from uground.checkpoint_loading import load_processor
 from uground.modeling_uground import UGroundForReferringSegmentation
-from uground.processing import ReferringSegmentationPipeline, UGroundProcessor, draw_result
+from uground.processing import ReferringSegmentationPipeline, draw_result
 from uground.training.scenes import example_scene
 
 EXAMPLE_QUERY = "the small red boat"
@@ -29,7 +30,7 @@ def write_example(
     """
     folder = Path(folder)
     image = example_scene().image if image is None else image
-    processor = UGroundProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     pipe = ReferringSegmentationPipeline(model=model, processor=processor, task="referring-segmentation")
     result = pipe(image, query, max_new_tokens=EXAMPLE_TOKENS, return_similarity=True)
     image.save(folder / "example.png")

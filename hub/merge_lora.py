@@ -15,9 +15,10 @@ import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm import tqdm
 
+from uground.checkpoint_loading import load_model
+from uground.command_line import DTYPES, run_command
 from uground.hub.checkpoint_folder import ADAPTER_WEIGHTS, check_adapter, read_config
 from uground.hub.checkpoint_writer import ShardWriter, check_output, new_folder, save_all_but_weights
-from uground.hub.command import DTYPES, run_command
 from uground.hub.weight_files import TensorFile, name_some, resolve_folder
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor
@@ -46,9 +47,8 @@ def merge_lora(adapter: str, base: str, output: str, dtype: torch.dtype | None =
     check_adapter(adapter_folder)
     base_folder = resolve_folder(base, "base")
     read_config(base_folder)
-    model = UGroundForReferringSegmentation.from_pretrained(base_folder, dtype=dtype or "auto")
-    model = apply_adapter(model, adapter_folder)
     processor = _processor(adapter_folder, base_folder)
+    model = apply_adapter(load_model(base_folder, dtype=dtype or "auto"), adapter_folder)
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(output, num_bytes) as folder:
         save_all_but_weights(folder, model, processor)
@@ -71,7 +71,12 @@ def apply_adapter(model: UGroundForReferringSegmentation, adapter: Path) -> UGro
     """
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, KeyError, TypeError) as error:  # what torch and peft raise for shapes and names that differ
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what torch and peft raise for shapes and names that differ
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         reason = next((line for line in lines if "mismatch" in line), lines[0])
         raise ValueError(f"The adapter {adapter} does not fit the base ({reason}).") from error

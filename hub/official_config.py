@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from uground.hub.official_names import EMBEDDINGS, GATES, PROJECTOR, SAM_PREFIX, looks_like
 from uground.hub.sam_weights import sam_config_from_state_dict
-from uground.hub.weight_files import read_json
 from uground.modeling_uground import UGroundConfig
+from uground.modeling_uground.checkpoint_files import read_json_object
 
 # The official code lays the image tokens out on this grid, whatever the vision tower.
 GRID_SIDE = 24
@@ -62,7 +62,7 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
         OSError: there is no `config.json`.
         ValueError: it belongs to something else.
     """
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     kind = config.get("model_type")
     if kind == "clip":
         config = config.get("vision_config") or {}

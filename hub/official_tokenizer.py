@@ -14,7 +14,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 from transformers.tokenization_utils_base import generate_merges
 
-from uground.hub.weight_files import first_line, read_json
+from uground.hub.weight_files import first_line
+from uground.modeling_uground.checkpoint_files import read_json_object
 
 SEGMENT, REJECT, IMAGE = "[SEG]", "[REJ]", "<image>"
 BRACKETS = ("<im_start>", "<im_end>")
@@ -80,7 +81,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     tokens = dict(_LLAMA_TOKENS)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            for role, token in read_json(folder / name).items():
+            for role, token in read_json_object(folder / name).items():
                 text = token.get("content") if isinstance(token, dict) else token
                 if role in tokens and isinstance(text, str):
                     tokens[role] = text
@@ -103,7 +104,9 @@ def _read_spm(folder: Path) -> Tokenizer:
     absent = [token for token in names.values() if token not in vocab]
     if absent:
         raise ValueError(f"{path} holds no {', '.join(absent)}, so it is no tokenizer of LLaMA.")
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = (
+        read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    )
     llama = LlamaTokenizer(
         vocab=vocab, merges=generate_merges(vocab), legacy=settings.get("legacy") is not False, **names
     )
@@ -126,9 +129,9 @@ def _added_tokens(folder: Path, num_pieces: int) -> dict[str, int]:
     """Tokens that were added after the sentencepiece model was made, with their ids."""
     tokens = {}
     if (folder / "added_tokens.json").is_file():
-        tokens |= read_json(folder / "added_tokens.json")
+        tokens |= read_json_object(folder / "added_tokens.json")
     if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        decoder = read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         tokens |= {token["content"]: int(number) for number, token in decoder.items()}
     return {token: number for token, number in tokens.items() if number >= num_pieces}
 
@@ -136,7 +139,7 @@ def _added_tokens(folder: Path, num_pieces: int) -> dict[str, int]:
 def _read_fast(folder: Path) -> Tokenizer:
     """A fast tokenizer, its added tokens made to drop the white space around them."""
     path = folder / FAST_FILE
-    content = read_json(path)
+    content = read_json_object(path)
     for token in content.get("added_tokens", []):
         if token.get("content") in OFFICIAL_TOKENS:
             token |= {"lstrip": True, "rstrip": True, "normalized": False}

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from transformers import logging
 
+from uground.checkpoint_loading import load_processor
+from uground.command_line import run_command
 from uground.hub.card import add_card_arguments, card_facts, write_card
 from uground.hub.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, load_checkpoint, read_config
 from uground.hub.closure import complete_folder, keep_files, refuse_facts, write_json
-from uground.hub.command import run_command
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.weight_files import name_some
 from uground.modeling_uground.model_card import check_card, is_card_of_uground
@@ -91,6 +92,7 @@ def _stage_checkpoint(source: Path, folder: Path, example: bool, facts: dict) ->
         raise FileNotFoundError(
             f"the folder {str(source)!r} has no processor, it lacks {', '.join(absent)}: save the processor there too"
         )
+    load_processor(source)
     model = load_checkpoint(source)
     _take(source, folder, (*TAKEN, *WEIGHTS))
     complete_folder(folder, example=example, model=model, **facts)

@@ -1,14 +1,17 @@
-"""Publish a prepared dataset, or Scenes, to the Hub with a card, in one commit.
+"""Publish a prepared dataset, a JSONL file, or Scenes, to the Hub with a card, in one commit.
 
     python -m uground.hub.publish_data prepared/refcoco --repo-id someone/refcoco-grounding --license cc-by-4.0
+    python -m uground.hub.publish_data mine.jsonl --split train --repo-id someone/cups --license cc-by-4.0
     python -m uground.hub.publish_data scenes --count 1000 --seed 0 --repo-id someone/scenes
 
-PATH is a folder written by `uground.training.data.prepare`, and is only read. Pictures go inside the parquet files.
+PATH is a folder written by `uground.training.data.prepare`, or a JSONL file as for training; it is only read. Pictures
+go inside the parquet files.
 Check first that the licence of the original data lets you publish it.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -17,11 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from uground.hub.command import run_command
+from uground.command_line import checked_seed, run_command, seed_number
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.publish import listing
+from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import (
     FEATURES,
     checked_answer,
@@ -35,6 +40,7 @@ from uground.training.data.records import Record
 from uground.training.scenes import SPLITS, scenes
 
 SCENES = "scenes"
+SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 COLUMN_NOTES = {
     "id": "name of the example",
@@ -52,6 +58,7 @@ SCENES_ABOUT = (
     "queries, answers and masks. Splits differ in their random streams, and some combinations of colour and kind "
     "stand in one evaluation split only."
 )
+FILE_ABOUT = "Images with queries, answers and masks, in one schema for visual grounding."
 PREPARED_ABOUT = (
     "A published dataset brought to one schema for visual grounding by `uground.training.data.prepare`. Pictures and "
     "annotations belong to those who made them."
@@ -147,6 +154,22 @@ def staged_data(source: str | os.PathLike, repo_id: str, license: str | None = N
 
 
 @contextmanager
+def staged_file(source: str | os.PathLike, repo_id: str, split: str, license: str | None = None) -> Iterator[Path]:
+    """
+    The same for a JSONL file, every line of which is read.
+
+    Raises:
+        OSError, ValueError: a line is bad, or a conversation of several turns, for which there is no column.
+    """
+    lines = JsonlSource(source)
+    with tempfile.TemporaryDirectory(prefix="uground-publish-") as made:
+        rows = tqdm(_file_rows(lines), desc=split, total=len(lines), unit=" examples")
+        write_prepared(rows, made, split)
+        build_dataset_card(made, repo_id, FILE_ABOUT, license=license).save(Path(made) / "README.md")
+        yield Path(made)
+
+
+@contextmanager
 def staged_scenes(repo_id: str, count: int, seed: int) -> Iterator[Path]:
     """The same for `count` examples of every split of Scenes."""
     with tempfile.TemporaryDirectory(prefix="uground-publish-") as made:
@@ -166,16 +189,18 @@ def publish_data(
     license: str | None = None,
     count: int = 1000,
     seed: int = 0,
+    split: str = "train",
 ) -> str | None:
     """
     Publish a dataset; what the command does.
 
     Args:
-        source: a prepared folder, or `"scenes"`.
+        source: a prepared folder, a JSONL file, or `"scenes"`.
         repo_id: `USER/NAME`.
         private, dry_run: as for [`uground.hub.publish.publish`].
         license: licence of a prepared folder's pictures and annotations.
         count, seed: examples of each split, for Scenes.
+        split: what a JSONL file is called there.
 
     Returns:
         Address of the commit; `None` for a dry run.
@@ -187,8 +212,14 @@ def publish_data(
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     token = None if dry_run else require_token()
-    is_scenes = os.fspath(source) == SCENES
-    stage = staged_scenes(repo_id, count, seed) if is_scenes else staged_data(source, repo_id, license)
+    if not SPLIT_NAME.fullmatch(split):
+        raise ValueError(f"--split must be a word of letters, digits, '_' and '.', got {split!r}")
+    if os.fspath(source) == SCENES:
+        stage = staged_scenes(repo_id, count, checked_seed(seed, "--seed"))
+    elif os.fspath(source).endswith(".jsonl"):
+        stage = staged_file(source, repo_id, split, license)
+    else:
+        stage = staged_data(source, repo_id, license)
     with stage as folder:
         if dry_run:
             print(listing(folder, repo_id))
@@ -207,11 +238,25 @@ def _rows(files: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
             yield f"{file} row {number}", row
 
 
+def _file_rows(lines: JsonlSource) -> Iterator[dict]:
+    """The lines of a file in the common schema, a picture as the very file where masks are drawn on it as stored."""
+    for index in range(len(lines)):
+        (example,) = lines[index]["examples"]
+        if "history" in example:
+            raise ValueError(f"{lines.name_of(index)}: several turns cannot be published, there is no column for them")
+        path = lines.path.parent / lines.line(index)["image"]
+        with Image.open(path) as picture:
+            is_stored_upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        # Else the turned pixels, which is what the masks are about.
+        stored = {"bytes": path.read_bytes(), "path": path.name} if is_stored_upright else example["image"]
+        yield {**example, "image": stored, "subset": None}
+
+
 def _with_picture(name: str, row: dict) -> dict:
     """The row with its picture's file inside, and no path that only means something here; all of it is checked."""
-    image = row["image"] or {}
+    image = row["image"] if isinstance(row["image"], dict) else {}
     path = Path(image["path"]) if image.get("path") else None
-    if image.get("bytes") is None and (path is None or not path.is_file()):
+    if image.get("bytes") is None and path is not None and not path.is_file():
         raise FileNotFoundError(f"{name}: the picture of example {row['id']!r} is gone: {path}")
     checked_example(row, name)
     content = image["bytes"] if image.get("bytes") is not None else path.read_bytes()
@@ -226,13 +271,14 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", help='prepared folder, or "scenes"')
+    parser.add_argument("path", metavar="PATH", help='prepared folder, JSONL file, or "scenes"')
     parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it is not there")
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")
     parser.add_argument("--license", help="licence of pictures and annotations, as the Hub spells it")
+    parser.add_argument("--split", default="train", help="what the examples of a JSONL file are (default: train)")
     parser.add_argument("--count", type=int, default=1000, help="examples of each split, for scenes")
-    parser.add_argument("--seed", type=int, default=0, help="seed, for scenes")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed, for scenes")
     options = parser.parse_args(argv)
     return run_command(parser.prog, lambda: _run(options))
 
@@ -246,6 +292,7 @@ def _run(options: argparse.Namespace) -> None:
         license=options.license,
         count=options.count,
         seed=options.seed,
+        split=options.split,
     )
     if address is not None:
         print(address)

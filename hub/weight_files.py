@@ -4,7 +4,6 @@ Files are mapped into memory, so that a tensor costs memory only while it is in 
 pickles are read with `weights_only=True`. Every error is one sentence that names the file.
 """
 
-import json
 import os
 import pickle
 import re
@@ -18,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uground.modeling_uground.hub_files import is_inside
+from uground.modeling_uground.checkpoint_files import read_weight_map
 
 # What a folder of weights may hold, the first found is read: an index or the one file.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -140,7 +139,7 @@ class WeightFiles:
         self.kind = kind
         folder = self.path
         index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
-        weight_map = {} if index is None else read_index(index)
+        weight_map = {} if index is None else read_weight_map(index, needed=("weight_map",))
         if index is not None:
             self.files = [folder / name for name in sorted(set(weight_map.values()))]
             absent = [file.name for file in self.files if not file.is_file()]
@@ -179,41 +178,6 @@ class WeightFiles:
         for file in self.files:
             with TensorFile(file, self.kind) as tensors:
                 yield tensors
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """
-    Name of tensor to name of file, from an index file.
-
-    Raises:
-        ValueError: it is no index, or names files outside of its folder.
-    """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path} is no index of weights: it has no weight_map of tensor names to file names.")
-    outside = [str(name) for name in weight_map.values() if not is_inside(name)]
-    if outside:
-        raise ValueError(f"{path} must name files beside it, got {outside[0]!r}.")
-    return weight_map
-
-
-def read_json(path: Path) -> dict:
-    """
-    The object in a JSON file.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"The folder {path.parent} holds no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def resolve_folder(source: str | os.PathLike, kind: str, weights: bool = True) -> Path:

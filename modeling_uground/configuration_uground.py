@@ -9,6 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
+from .attention_parts import attention_of_parts
+from .checkpoint_files import check_config_fields, own_hints, read_json_object, reason_of
 from .head_sam import SamHead
 from .image_frames import FRAMES, ImageFrame
 from .known_names import nearest_name
@@ -240,7 +242,28 @@ class UGroundConfig(PreTrainedConfig):
                 f"installed is {installed}"
             )
         refuse_misspelt(kwargs)
-        return super().from_dict(config_dict, **kwargs)
+        check_config_fields(config_dict, own_hints(cls))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # transformers raises whatever a value of another type leads it to
+            raise ValueError(f"config.json cannot be used ({reason_of(error)})") from error
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Like `PreTrainedConfig.from_pretrained`; what is wrong with a `config.json` is said with its place."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            place, said = str(pretrained_model_name_or_path), reason_of(error)
+            if place in said:
+                raise
+            raise ValueError(f"{place}/config.json: {said.removeprefix('config.json').lstrip(': ')}") from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return cls._decode_special_floats(read_json_object(json_file))
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Like `PreTrainedConfig.save_pretrained`, stamped with the version of the code that goes with it."""
@@ -248,6 +271,15 @@ class UGroundConfig(PreTrainedConfig):
         # What was loaded from a repository names that repository here; the copy has its own.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return PreTrainedConfig._attn_implementation.fget(self)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        # Every way of loading a model with an `attn_implementation` ends here.
+        PreTrainedConfig._attn_implementation.fset(self, attention_of_parts(value))
 
     @property
     def num_layers(self) -> int:

@@ -28,16 +28,17 @@ class WrittenAnswers:
     What [`SegmentGenerationMixin.write_answers`] keeps of B rows with N segments.
 
     Attributes:
-        sequences, prompt_length, finished, token_scores, image_index: as in [`UGroundSegmentation`].
+        sequences, prompt_length, token_scores, image_index: as in [`UGroundSegmentation`].
         segments: with their states, and those of the image tokens.
+        finished (*optional*): as in [`UGroundSegmentation`]; `None` for answers that were not written here.
     """
 
     sequences: torch.Tensor
     prompt_length: int
-    finished: torch.Tensor
     token_scores: torch.Tensor
     image_index: torch.Tensor
     segments: Segments
+    finished: torch.Tensor | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -55,7 +56,7 @@ class SegmentGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -64,17 +65,27 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         image_embeddings=None,
+        inputs: torch.Tensor | None = None,
         **generate_kwargs,
     ):
         """
         Write the answers only, as the LMM's own `generate` does; see [`segment`] for masks.
 
+        Args:
+            input_ids, …, image_embeddings: as in [`segment`].
+            inputs (*optional*): what transformers' `generate` calls `input_ids`.
+            generate_kwargs: whatever else `generate` takes.
+
         Returns:
             `(B, T)` sequences, or a `GenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: padding on the right, or weights that give NaN.
+            ValueError: padding on the right, prompts given twice or not at all, or weights that give NaN.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError(f"generate takes either input_ids or inputs, got {'none' if inputs is None else 'both'}")
+        input_ids = inputs if input_ids is None else input_ids
         refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)

@@ -6,7 +6,9 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
+from .checkpoint_files import refuses_bad_config
 from .configuration_uground import MASK_HEADS, UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .head_sam import mask_overlap
@@ -41,6 +43,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     not ask for is `None`.
     """
 
+    @refuses_bad_config
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
         # Settings may have been changed since the config was made.
@@ -432,6 +435,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
                 *image_inputs, input_ids=input_ids, image_index=image_index, sam_embeddings=sam_embeddings
             )
         image_index = resolve_image_index(image_index, len(input_ids), len(image_embeddings.lmm_features))
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attention_mask is not None and attention_mask.dim() == 3 and is_flash(attention):
+            raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
         return prepare_rows(
             self.adapter,
             image_embeddings,

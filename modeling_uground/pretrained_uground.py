@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .attention_parts import attention_of_parts
 from .call_arguments import with_answer_length
 from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
@@ -95,9 +96,15 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
         if conversions := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+        # transformers does not keep it, and what is loaded later must be of the same state of the repository.
+        model.revision = kwargs.get("revision")
         # Checkpoints of others, and ours of release 0.1.0, do not say how long an answer may become.
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
+        super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

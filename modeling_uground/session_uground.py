@@ -145,8 +145,7 @@ class ImageSessionMixin:
             raise ValueError("image_session needs processor=…, as the model was not loaded from a checkpoint")
         # Code of the checkpoint may run exactly if the model is of that code.
         trusted = type(self).__module__.startswith(REMOTE_MODULES)
-        revision = getattr(self.config, "_commit_hash", None)
-        return AutoProcessor.from_pretrained(origin, trust_remote_code=trusted, revision=revision)
+        return AutoProcessor.from_pretrained(origin, trust_remote_code=trusted, revision=self.revision)
 
 
 def image_fingerprint(image) -> str:

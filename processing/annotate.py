@@ -1,6 +1,6 @@
 """Ask the same or listed queries of many images; write answers and masks as parquet.
 
-    accelerate launch -m uground.processing.annotate --input photos/ --queries queries.txt --output annotated/
+    python -m uground.processing.annotate --input photos/ --queries queries.txt --output annotated/
     python -m uground.processing.annotate --input user/dataset --split train --queries asked.jsonl --output annotated/
 
 --input is a folder of images (searched through), an image, a dataset of `datasets` saved to disk, or a Hub id.
@@ -34,16 +34,16 @@ import transformers
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
 from uground import tiny_checkpoint
+from uground.checkpoint_loading import load_model, load_processor
+from uground.command_line import LOADING_DTYPES, RESUMABLE, one_line, run_command
 
-from .annotation_inputs import ImageSource, one_line, open_source, read_queries
+from .annotation_inputs import ImageSource, open_source, read_queries
 from .image_reading import read_image
 from .job_processes import job_state
 from .pipeline_uground import ReferringSegmentationPipeline, is_out_of_memory
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 LAYER_RULES = ("argmax", "last", "sample", "mc")
 # Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.
 SETTINGS_FILE, EARLIER_SETTINGS_FILE = ".annotate.json", "annotate.json"
@@ -345,7 +345,8 @@ def check_settings(folder: Path, settings: dict) -> None:
 def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
     """The pipeline of a checkpoint on this process's device."""
     path = args.model or tiny_checkpoint()
-    model = AutoModel.from_pretrained(path, dtype=args.dtype).to(job_state().device).eval()
+    processor = load_processor(path)
+    model = load_model(path, dtype=args.dtype).to(job_state().device)
     if args.compile:
         model.compile_mask_path()
     selection = args.layer_selection
@@ -357,7 +358,7 @@ def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
         raise ValueError(f"--reject-threshold needs a model with similarity_scaling='scaled', got {scaling!r}")
     return ReferringSegmentationPipeline(
         model=model,
-        processor=AutoProcessor.from_pretrained(path),
+        processor=processor,
         task="referring-segmentation",
         max_new_tokens=args.max_new_tokens,
         max_rows=args.max_rows,
@@ -392,7 +393,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--reject-threshold", type=float, default=0.0, help="a query whose maps are all weaker, in 0..1, gets nothing"
     )
     parser.add_argument("--layer-selection", help="argmax, last, sample, mc or a number (default: the model's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", choices=LOADING_DTYPES, default="auto", help="precision (default: the checkpoint's)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile SAM's encoder and decoder with torch.compile")
     return parser
 
@@ -421,16 +424,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        folder = annotate(args, load_pipeline)
-    except (OSError, ValueError, TypeError, MemoryError) as error:
-        print(f"annotate: error: {one_line(error)}", file=sys.stderr)
-        return 2
+    return run_command("annotate", lambda: _run(args), RESUMABLE)
+
+
+def _run(args: argparse.Namespace) -> None:
+    folder = annotate(args, load_pipeline)
     if job_state().is_main_process:
         print(closing_line(folder))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

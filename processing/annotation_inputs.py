@@ -10,6 +10,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from uground.command_line import one_line
+
 from .image_reading import picture_errors
 from .text_lines import read_lines
 
@@ -131,9 +133,4 @@ def _read_line(line: str, place: str) -> tuple[str, list[str]]:
     return str(image), queries
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-__all__ = ["ImageSource", "one_line", "open_source", "read_queries"]
+__all__ = ["ImageSource", "open_source", "read_queries"]

@@ -11,17 +11,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .argument_checks import check_number, check_one_of, check_whole
 from .prompt_format import check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
 from .rejection import is_rejected, map_peak
 
+logger = logging.get_logger(__name__)
+
 FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
 POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
-# Length of an answer where neither the call nor the checkpoint says one; the default of transformers cuts at 20.
-MAX_NEW_TOKENS = 128
 # What is one image, or none at all, although it may be iterable.
 IMAGE_TYPES = (str, bytes, np.ndarray, torch.Tensor, Image.Image)
 # `pipeline(...)` reads these for the download and hands them on.
@@ -55,6 +56,7 @@ class ReferringSegmentationPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
         check_token_ids(self.model.config, self.processor)
+        self._has_told_of_cut = False
         _check_loader(self._batch_size, self._num_workers)
 
     def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
@@ -64,7 +66,8 @@ class ReferringSegmentationPipeline(Pipeline):
                 dataset or iterable of such items. `image=` and `images=` are other names for it.
             text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
             batch_size (`int`): how many images go through the model at a time, with all of their queries.
-            max_new_tokens (`int`): most tokens of an answer; by default what the checkpoint says.
+            max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says. A
+                pipeline warns once if an answer was cut.
             layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
             max_rows (`int`): most queries that go through the language model at a time, see `model.segment`.
             generate_kwargs (`dict`): anything else `model.segment` should generate with.
@@ -113,6 +116,7 @@ class ReferringSegmentationPipeline(Pipeline):
             )
         given = {name: value for name, value in kwargs.items() if value is not None}
         _check_values(given)
+        self.model._resolve_selection(given.get("layer_selection"), given.get("num_layer_samples"))
         forward = {name: given[name] for name in FORWARD_ARGUMENTS if name in given}
         forward.update(given.get("generate_kwargs", {}))
         return {}, forward, {name: given[name] for name in POSTPROCESS_ARGUMENTS if name in given}
@@ -128,11 +132,13 @@ class ReferringSegmentationPipeline(Pipeline):
         return {"inputs": dict(inputs), "queries": [text] if is_single else list(text), "is_single": is_single}
 
     def _forward(self, input_tensors, **forward_parameters):
-        inputs = input_tensors.pop("inputs")
-        settings = self.model.generation_config
-        if settings.max_new_tokens is None and not {"max_new_tokens", "max_length"} & forward_parameters.keys():
-            forward_parameters = {**forward_parameters, "max_new_tokens": MAX_NEW_TOKENS}
-        return {**input_tensors, "outputs": self._segment(inputs, forward_parameters)}
+        outputs = self._segment(input_tensors.pop("inputs"), forward_parameters)
+        cut = sum(int((~part["finished"]).sum()) for part in outputs)
+        if cut and not self._has_told_of_cut:
+            self._has_told_of_cut = True
+            rows = sum(len(part["finished"]) for part in outputs)
+            logger.warning(f"{cut} of {rows} answers were cut and may lack segments; pass a larger max_new_tokens")
+        return {**input_tensors, "outputs": outputs}
 
     def _segment(self, inputs: dict, parameters: dict) -> list:
         """Outputs of `model.segment` for all rows in order: one, or two where memory did not hold them all."""

@@ -9,7 +9,15 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
-from .processor_options import CallOptions, read_options, take_image_options
+from .processor_files import (
+    check_fields,
+    check_image_settings,
+    check_length,
+    check_template,
+    names_broken_files,
+    names_tokenizer_files,
+)
+from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
 from .prompt_pieces import (
     ASSISTANT,
@@ -113,6 +121,23 @@ class UGroundProcessor(ProcessorMixin):
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Like `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError, ValueError: there is no processor, or a file of it is cut, of another schema, or a pointer of Git
+                LFS; the sentence names the file.
+        """
+        with names_broken_files(pretrained_model_name_or_path, **kwargs):
+            # This class asks for no code of the checkpoint; without the word, transformers would ask back.
+            trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+            processor = super().from_pretrained(pretrained_model_name_or_path, **trusted, **kwargs)
+            loaded = processor[0] if isinstance(processor, tuple) else processor
+            check_template(loaded, pretrained_model_name_or_path, **kwargs)
+        return processor
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """
         Build the sub-processors; the image ones straight on PIL, whatever back-end would be picked by default.
@@ -126,8 +151,13 @@ class UGroundProcessor(ProcessorMixin):
                 f"keys image_processor and sam_image_processor, got {sorted(processor_dict or {})}"
             )
         changed = take_image_options(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in changed}
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_OPTIONS}
+        check_fields(processor_dict)
+        for name, setting in zip(("image_processor", "sam_image_processor"), settings, strict=True):
+            check_image_settings(setting, name)
+        with names_tokenizer_files(pretrained_model_name_or_path, **kwargs):
+            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        check_length(tokenizer)
         return [*(SamImageProcessorPil(**{**setting, **changed}) for setting in settings), tokenizer]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
@@ -141,9 +171,7 @@ class UGroundProcessor(ProcessorMixin):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "is_prompt": True}
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def __call__(
-        self, images=None, text=None, answers=None, videos=None, audio=None, is_prompt=None, **kwargs
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
         """
         Args:
             images: one image or a list, of anything [`read_image`] takes. Without images, `text` is read as it is,
@@ -155,7 +183,6 @@ class UGroundProcessor(ProcessorMixin):
                 mask there.
             answers: the answers to learn, nested as `text`. They and the end-of-sequence token are appended, and
                 `labels` is returned. In them, only segment and reject token are more than text.
-            videos, audio: must be `None`; `apply_chat_template` of transformers hands them on.
             is_prompt: whether the texts are whole prompts; by default those are that hold `image_token`.
             return_tensors: `"pt"` (the default), `"np"`, or `None` for lists: of numbers, and of one array per image.
             padding: `True` or `"longest"` (the default), `"max_length"`, or `False`.
@@ -190,8 +217,6 @@ class UGroundProcessor(ProcessorMixin):
             TypeError: an argument is not known.
         """
         options = read_options(kwargs)
-        if videos is not None or audio is not None:
-            raise ValueError("UGroundProcessor takes images and text only, got videos or audio")
         if images is None and text is not None and answers is None:
             return self._finish(self._read_plain(flatten_texts(text), options), options)
         images, queries = pair_images_with_queries(images, text)
@@ -288,12 +313,8 @@ class UGroundProcessor(ProcessorMixin):
                         f"prompt {number + 1} is to be answered, so it must end with {form.generation!r}, "
                         f"got {prompt[-40:]!r}"
                     )
-                prompts[number] = [
-                    *pieces,
-                    Piece(form.before_answer, learnt=True),
-                    Piece(answer.strip(), ASSISTANT, learnt=True),
-                    Piece(form.after_answer, learnt=True),
-                ]
+                written = ((form.before_answer, TEMPLATE), (answer.strip(), ASSISTANT), (form.after_answer, TEMPLATE))
+                prompts[number] = pieces + [Piece(text, speaker, learnt=True) for text, speaker in written if text]
         rows = [
             expand_image(row, self.image_token_id, self.num_image_tokens)
             for row in self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens)

@@ -74,7 +74,7 @@ def render_prompt(processor, turns: list[tuple[str, str]], query: str, learn_ans
             after = after[len(form.after_answer) :]
         lead = form.before_answer if number + 1 < len(said) and not is_answer else ""
         pieces += [Piece(after[: len(after) - len(lead)]), Piece(lead, learnt=learn_answers)]
-    prompt = RenderedPrompt(pieces)
+    prompt = RenderedPrompt([piece for piece in pieces if piece.text])
     check_rendering(processor, [_messages(said)], [prompt])
     return prompt
 

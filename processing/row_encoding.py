@@ -1,12 +1,13 @@
 """From the pieces of prompts and answers to token ids: whose words they are decides what a special token is.
 
 The text of a row is read as a whole, so that the ids are those of its plain text, unless a token would join a prompt
-with its answer. Where each piece begins and ends is known from the offsets of the tokens; nothing is searched for.
+with its answer. Where an answer begins and ends is how many ids the pieces before have; nothing is searched for.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .prompt_format import PromptFormat
 from .prompt_pieces import ASSISTANT, TEMPLATE, USER, Piece, join_pieces
@@ -70,13 +71,22 @@ class SpecialTokens:
         if add_special_tokens is None:
             bos_token = tokenizer.bos_token
             add_special_tokens = not (bos_token and join_pieces(rows[0]).startswith(bos_token))
-        read = []
-        for pieces, (ids, offsets) in zip(rows, self._read(tokenizer, rows, add_special_tokens), strict=True):
-            cuts = _straddled(pieces, offsets)
-            if cuts:
-                ids, offsets = self._read_in_parts(tokenizer, pieces, cuts, add_special_tokens)
-            read.append(Row(ids, _learnt(pieces, offsets), offsets))
-        return read
+        edges = [_edges(pieces) for pieces in rows]
+        begun = [pieces[:edge] for pieces, places in zip(rows, edges, strict=True) for edge in places]
+        read = self._read(tokenizer, [*rows, *begun], add_special_tokens)
+        prefixes, encoded = iter(ids for ids, _ in read[len(rows) :]), []
+        for pieces, places, (ids, offsets) in zip(rows, edges, read[: len(rows)], strict=True):
+            begins = [next(prefixes) for _ in places]
+            if all(ids[: len(begin)] == begin for begin in begins):
+                bounds = pairwise((0, *map(len, begins), len(ids)))
+                counts = [
+                    (pieces[place].learnt, high - low) for place, (low, high) in zip((0, *places), bounds, strict=True)
+                ]
+                row = Row(ids, [is_learnt for is_learnt, count in counts for _ in range(count)], offsets)
+            else:
+                row = self._read_in_parts(tokenizer, pieces, places, add_special_tokens)
+            encoded.append(row)
+        return encoded
 
     def _read(self, tokenizer, rows: list[list[Piece]], add_special_tokens: bool) -> list[tuple[list, list]]:
         """Ids and offsets of each row, its text read as a whole."""
@@ -98,30 +108,29 @@ class SpecialTokens:
             read.append((ids, [tuple(offset) for offset in offsets]))
         return read
 
-    def _read_in_parts(self, tokenizer, pieces: list[Piece], cuts: set[int], add_special_tokens: bool):
+    def _read_in_parts(self, tokenizer, pieces: list[Piece], places: list[int], add_special_tokens: bool) -> Row:
         """
-        Ids and offsets of a row whose tokenizer would join what is learnt with what stands around it.
+        A row whose tokenizer would join what is learnt with what stands around it.
 
         A prompt is read without its answer when an answer is to be written, so it must be the same ids here.
         """
-        parts: list[list[Piece]] = []
-        for start, _, piece in _spans(pieces):
-            if not parts or start in cuts:
-                parts.append([])
-            parts[-1].append(piece)
-        [(all_ids, all_offsets)] = self._read(tokenizer, parts[:1], add_special_tokens)
         # Behind a line break, as tokenizers may put a space in front of a text.
         [(break_ids, _)] = self._read(tokenizer, [[Piece(LINE_BREAK)]], False)
-        start = len(join_pieces(parts[0]))
-        for part in parts[1:]:
-            [(ids, offsets)] = self._read(tokenizer, [[Piece(LINE_BREAK), *part]], False)
-            shift, skipped = start - len(LINE_BREAK), len(break_ids)
-            if ids[:skipped] != break_ids:
-                [(ids, offsets)], shift, skipped = self._read(tokenizer, [part], False), start, 0
-            all_ids = all_ids + ids[skipped:]
-            all_offsets = all_offsets + [(begin + shift, end + shift) for begin, end in offsets[skipped:]]
+        row, start = Row([], [], []), 0
+        for low, high in pairwise((0, *places, len(pieces))):
+            part = pieces[low:high]
+            [(ids, offsets)] = self._read(tokenizer, [part], add_special_tokens and not start)
+            if start:
+                [(behind, shifted)] = self._read(tokenizer, [[Piece(LINE_BREAK), *part]], False)
+                if behind[: len(break_ids)] == break_ids:
+                    ids = behind[len(break_ids) :]
+                    back = len(LINE_BREAK)
+                    offsets = [(begin - back, end - back) for begin, end in shifted[len(break_ids) :]]
+            row.ids += ids
+            row.learnt += [part[0].learnt] * len(ids)
+            row.offsets += [(begin + start, end + start) for begin, end in offsets]
             start += len(join_pieces(part))
-        return all_ids, all_offsets
+        return row
 
     def _is_misread(self, pieces: list[Piece], text: str, ids: list[int], offsets) -> bool:
         """Whether a special token was read where somebody only spells it."""
@@ -201,22 +210,9 @@ def _spans(pieces: list[Piece]):
         start += len(piece.text)
 
 
-def _learnt_spans(pieces: list[Piece]) -> list[tuple[int, int]]:
-    return [(start, end) for start, end, piece in _spans(pieces) if piece.learnt and piece.text]
-
-
-def _straddled(pieces: list[Piece], offsets) -> set[int]:
-    """Where what is learnt begins or ends within a token."""
-    learnt = _learnt_spans(pieces)
-    edges = {start for start, _ in learnt} ^ {end for _, end in learnt}
-    return {edge for edge in edges if any(begin < edge < end for begin, end in offsets)}
-
-
-def _learnt(pieces: list[Piece], offsets) -> list[bool]:
-    """Of each token, whether it holds anything that is to be learnt."""
-    learnt = _learnt_spans(pieces)
-    # A token of no characters belongs to the character behind it.
-    return [any(begin < stop and max(end, begin + 1) > start for start, stop in learnt) for begin, end in offsets]
+def _edges(pieces: list[Piece]) -> list[int]:
+    """Numbers of the pieces at which what is learnt begins or ends."""
+    return [place for place in range(1, len(pieces)) if pieces[place].learnt != pieces[place - 1].learnt]
 
 
 def expand_image(row: Row, image_token_id: int, count: int) -> Row:

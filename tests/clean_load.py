@@ -57,6 +57,16 @@ def resaved(repo_id):
         return sorted(path.name for path in Path(folder).glob("*.py"))
 
 
+def of_a_revision(repo_id, revision):
+    """What a model of a revision loads later: code of the processor when saved, and the processor of a session."""
+    model = AutoModel.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        code = Path(folder, "processing_uground.py").read_bytes()
+    with model.image_session(IMAGE) as session:
+        return {"code": code, "longest": session._processor.tokenizer.model_max_length}
+
+
 def examples(repo_id):
     """Queries and picture sizes of a dataset's test split."""
     rows = load_dataset(repo_id, split="test")

@@ -8,6 +8,8 @@ from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_training import dataset, example, losses_of, tiny_trainer
 from transformers import TrainerCallback
 
+from uground.training.mixture import Mixture
+
 # Which processes of a pair see a segment: of a batch of 4, the first half goes to the first process.
 MIXED = [example(number) for number in range(12)]
 ONE_SIDED = [example(number, saying) for number, saying in enumerate((0, 1, 3, 2))]
@@ -77,12 +79,32 @@ def evaluate(folder, count: int, batch: int, drop_last: bool = False) -> dict[st
     return trainer.evaluate()
 
 
+class BrokenHere(list):
+    """Items of which some cannot be read."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index in (1, 2, 5):
+            raise ValueError(f"item {index} is broken")
+        return {"image": super().__getitem__(index)["image"], "examples": [super().__getitem__(index)]}
+
+
+def skipped(folder, batch: int) -> float:
+    """How many broken items a run says that it skipped."""
+    mixture = Mixture([BrokenHere(MIXED[:8])], on_bad_sample="skip")
+    settings = {"per_device_train_batch_size": batch, "max_steps": 2, "logging_steps": 2}
+    trainer = tiny_trainer(folder, MIXED, policy_model("ema"), trainer={"mixture": mixture}, **settings)
+    trainer.train_dataset = mixture.dataset()
+    trainer.train()
+    return trainer.state.log_history[0]["data/skipped"]
+
+
 def all_cases(rank: int, folder) -> dict:
     """Every case in one pair of processes, then a sharded run: starting a process takes longer than all of them."""
     plain = {name: train(folder / name, items, baseline, 2, **more) for name, (items, baseline, more) in CASES.items()}
     evaluated = [evaluate(folder / "evaluated", *settings) for settings in EVALUATIONS]
+    broken = skipped(folder / "skipped", 2)
     forget_process_group()
-    return {"plain": plain, "evaluated": evaluated, "sharded": train_sharded(folder / "sharded")}
+    return {"plain": plain, "evaluated": evaluated, "skipped": broken, "sharded": train_sharded(folder / "sharded")}
 
 
 def train_sharded(folder) -> dict:

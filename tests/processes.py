@@ -1,9 +1,10 @@
-"""Run a function in several processes that form one distributed job on the CPU (gloo)."""
+"""Run functions and commands in other processes, also in several that form one distributed job on the CPU (gloo)."""
 
 import contextlib
 import itertools
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import traceback
@@ -46,7 +47,8 @@ def forget_process_group() -> None:
     GradientState._reset_state()
 
 
-def _run(function, rank: int, count: int, port: int, folder: Path, arguments: tuple) -> None:
+def _join_job(rank: int, count: int, port: int) -> None:
+    """Be process `rank` of a job, as a launcher says it."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -58,6 +60,10 @@ def _run(function, rank: int, count: int, port: int, folder: Path, arguments: tu
         ACCELERATE_USE_CPU="true",
     )
     forget_process_group()
+
+
+def _run(function, rank: int, count: int, port: int, folder: Path, arguments: tuple) -> None:
+    _join_job(rank, count, port)
     try:
         torch.save(function(rank, *arguments), folder / f"{rank}.pt")
     except BaseException:
@@ -83,3 +89,62 @@ def run_in_processes(function, count: int, folder: Path, *arguments) -> list:
         worker.kill()
     assert codes == [0] * count, f"the processes ended with {codes}; None is one that hung"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _command(folder: Path, rank: int, count: int, port: int, module: str, *words: str) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (folder / f"{rank}.{name}").open("w") as file:
+            os.dup2(file.fileno(), number)
+    torch.set_num_threads(1)
+    if count > 1:
+        _join_job(rank, count, port)
+    sys.argv, code = [module, *words], 0
+    # As in an interpreter that was started for it, which has not imported it before.
+    sys.modules.pop(module, None)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Command:
+    """
+    `python -m module words` in `count` processes of one job, but for the seconds an interpreter takes to import torch.
+
+    For what does not turn on what is imported, or on the environment as it is when that happens.
+    """
+
+    def __init__(self, folder: Path, module: str, *words, count: int = 1):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, port = folder, free_port()
+        self.workers = [
+            CONTEXT.Process(target=_command, args=(folder, rank, count, port, module, *map(str, words)))
+            for rank in range(count)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def kill(self) -> None:
+        """End it as nobody can refuse."""
+        for worker in self.workers:
+            worker.kill()
+
+    def wait(self) -> list[int]:
+        """The exit code of each process; `None` of one that hung."""
+        for worker in self.workers:
+            worker.join(TIMEOUT)
+        codes = [worker.exitcode for worker in self.workers]
+        self.kill()
+        return codes
+
+    def text(self, name: str) -> str:
+        """What all processes wrote to `"stdout"` or `"stderr"`."""
+        return "".join((self.folder / f"{rank}.{name}").read_text() for rank in range(len(self.workers)))

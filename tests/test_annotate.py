@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -19,7 +17,7 @@ import torch
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, features
-from processes import launched
+from processes import Command
 from pycocotools import mask as coco_mask
 from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
@@ -392,18 +390,17 @@ def test_killed_and_taken_up_by_two_processes(folder):
         flags = [word for name, value in named.items() for word in (f"--{name}", str(folder / value))]
         return ["uground.processing.annotate", *flags, "--shard-size", "1", "--batch-size", "1"]
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    alone = [sys.executable, "-m", *words("out")]
-    with subprocess.Popen(alone, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        deadline = time.monotonic() + 240
-        while len(list((folder / "out").glob("part-*"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.002)
-        killed.kill()
+    killed = Command(folder / "killed", *words("out"))
+    deadline = time.monotonic() + 240
+    while len(list((folder / "out").glob("part-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.kill()
+    assert killed.wait() == [-signal.SIGKILL], killed.text("stderr")
     finished = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("part-*")}
-    assert killed.returncode == -signal.SIGKILL and 3 <= len(finished) < 27
-    resumed = subprocess.run(launched(2, *words("out")), env=environment, capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("54 rows in 27 files") == 1
+    assert 3 <= len(finished) < 27
+    resumed = Command(folder / "resumed", *words("out"), count=2)
+    assert resumed.wait() == [0, 0], resumed.text("stderr")
+    assert resumed.text("stdout").count("54 rows in 27 files") == 1
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert annotate.main(words("whole")[1:]) == 0
     assert rows_of(folder) == rows_of(folder, "whole")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_jobs import CASES, EVALUATIONS, MIXED, all_cases, evaluate, policy_model, train
+from distributed_jobs import CASES, EVALUATIONS, MIXED, all_cases, evaluate, policy_model, skipped, train
 from processes import run_in_processes
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
@@ -45,6 +45,10 @@ def test_two_processes_evaluate_each_item_once(tmp_path, pair, number):
         expected = pytest.approx({name: alone[name] for name in names}, abs=1e-5)
         assert {name: first[name] for name in names} == expected
         assert {name: second[name] for name in names} == expected
+
+
+def test_what_was_skipped_is_counted_over_all_processes(tmp_path, pair):
+    assert pair[1][0]["skipped"] == pair[1][1]["skipped"] == skipped(tmp_path, 4) == 4
 
 
 def test_sharded_processes_train_evaluate_and_save_as_one_does(tmp_path, pair):

@@ -300,6 +300,10 @@ def test_a_dataset_has_its_own_protocols(checkpoint, tmp_path):
 )
 def test_a_model_that_cannot_reject_has_no_place_in_a_presence_protocol(tmp_path, protocol, style):
     tiny_processor(tiny_tokenizer(("[SEG]",)), TEMPLATE).save_pretrained(tmp_path)
+    # Without [REJ] the other two tokens have other numbers.
+    config = tiny_config(segment_token_id=REJECT_TOKEN, reject_token_id=None)
+    config.lmm_config.image_token_id = SEGMENT_TOKEN
+    config.save_pretrained(tmp_path)
     message = (
         rf"protocol {protocol} \({style}\) needs a model that can write \[REJ\], but the tokenizer of .* does not"
     )
@@ -311,6 +315,8 @@ def test_a_model_that_cannot_reject_has_no_place_in_a_presence_protocol(tmp_path
     ("changes", "message"),
     [
         ({"count": 0}, "--count must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must lie in 0..4294967295, got -1"),
+        ({"seed": 2**32}, "--seed must lie in 0..4294967295, got 4294967296"),
         ({"overlays": -1}, "--overlays must be at least 0, got -1"),
         ({"overlays": 2}, "--overlays are written to a folder: name it with --output"),
         ({"style": "guess"}, "--style must be one of generate, teacher-forced, got 'guess'"),
@@ -322,10 +328,62 @@ def test_flags_that_make_no_sense(changes, message):
         settings("m", **changes)
 
 
-def test_the_command_ends_in_one_sentence(tmp_path):
-    with pytest.raises(SystemExit) as error:
-        main(["--dataset", "reasonseg", "--root", str(tmp_path), "--split", "val"])
-    assert error.value.code.startswith("evaluate: reasonseg is incomplete under") and "\n" not in error.value.code
+def test_the_command_ends_in_one_sentence(tmp_path, capsys):
+    assert main(["--dataset", "reasonseg", "--root", str(tmp_path), "--split", "val"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("evaluate: error: reasonseg is incomplete under") and printed.count("\n") == 1
+
+
+def test_a_finished_folder_is_not_overwritten_by_other_settings(checkpoint, tmp_path, capsys):
+    finished = settings(checkpoint, count=2, output=str(tmp_path))
+    results = evaluate(finished)
+    assert comparable(evaluate(finished)) == comparable(results), "the same again is welcome"
+    kept = (tmp_path / "results.json").read_bytes()
+    for changes, named in (({"seed": 7}, "seed=0, got 7"), ({"protocol": ["muse"]}, "protocol=")):
+        with pytest.raises(ValueError, match=f"holds a finished evaluation with {named}"):
+            evaluate(settings(checkpoint, **{"count": 2, "output": str(tmp_path), **changes}))
+    # as an earlier version left it
+    del results["settings"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(
+        ValueError, match="holds a finished evaluation with max_new_tokens=4, got 5; name"
+    ):
+        evaluate(settings(checkpoint, count=2, output=str(tmp_path), max_new_tokens=5))
+    assert evaluate(finished)["figures"] == results["figures"]
+    assert (tmp_path / "results.json").read_bytes() == kept
+
+
+def test_a_file_of_ones_own_is_measured(checkpoint, tmp_path, capsys):
+    Image.fromarray(gradient_image(30, 50)).save(tmp_path / "a.png")
+    square = [[5, 5, 30, 5, 30, 20]]
+    lines = [
+        {"image": "a.png", "query": "the red cup", "masks": [square]},
+        {"image": "a.png", "query": "what is red", "answer": "the cup ."},
+        {"image": "a.png", "query": "a cup and a boat", "masks": [square, None]},
+        {"image": "a.png", "query": "the tree", "masks": []},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model", checkpoint, "--max-new-tokens", "4", "--overlays", "1", "--output", str(tmp_path / "out")]
+    assert main([*flags, "--dataset", f"{file}:mine"]) == 0
+    assert "answers exactly as expected" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["protocol"], results["split"], results["count"]) == ("ordered", "mine", 3)
+    rows = rows_of(tmp_path / "out")
+    assert [row["expected"] for row in rows] == ["It is [SEG].", "They are [SEG] and [REJ].", "It is [REJ]."]
+    file.write_text(file.read_text() + "\n" + json.dumps(lines[0]))
+    assert main([*flags, "--dataset", f"{file}:mine"]) == 2, "other lines are other data"
+    turns = [{"query": "a", "masks": []}, {"query": "b", "masks": []}]
+    file.write_text(json.dumps({"image": "a.png", "turns": turns}))
+    assert main(["--model", checkpoint, "--dataset", str(file)]) == 2
+    assert f"{file}:1: several turns can be trained on, but not be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [4295, 2**32 - 1])
+def test_any_seed_will_do(checkpoint, seed):
+    chosen = settings(checkpoint, count=1, layers=["sample"], seed=seed)
+    assert comparable(evaluate(chosen)) == comparable(evaluate(chosen))
+    assert evaluate(chosen)["seed"] == seed
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path):

@@ -18,8 +18,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 from uground import UGroundConfig, UGroundForReferringSegmentation, UGroundProcessor
 from uground.hub.closure import AUTO_MAP, ENTRY_FILES, PACKAGE, code_files, complete_folder, main, stamp_config
 from uground.modeling_uground import configuration_uground
+from uground.modeling_uground.checkpoint_files import is_inside
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, TESTED_TRANSFORMERS
-from uground.modeling_uground.hub_files import is_inside
 
 RELEASES = sorted(path for path in (Path(__file__).parent / "releases").iterdir() if path.is_dir())
 

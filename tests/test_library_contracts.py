@@ -5,6 +5,7 @@ The docstring of a check says why it stands. `HOOKS` are methods of libraries th
 library calls: one that was renamed would be passed over in silence.
 """
 
+import copy
 import inspect
 import re
 import warnings
@@ -27,7 +28,7 @@ from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_mode
 from tiny_processor import tiny_processor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import GenerationConfig, Pipeline, PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import AutoModel, GenerationConfig, Pipeline, PreTrainedModel, ProcessorMixin, Trainer
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.convert_slow_tokenizer import import_protobuf
@@ -68,6 +69,13 @@ HOOKS = [
         "processor_dict",
         ProcessorMixin.from_pretrained,
         "torchvision",
+    ),
+    (
+        PreTrainedModel,
+        "_load_pretrained_model",
+        "model state_dict checkpoint_files load_config",
+        PreTrainedModel.from_pretrained,
+        "weights of another type would be cast",
     ),
     (PreTrainedModel, "_init_weights", "module", PreTrainedModel._initialize_weights, "gates would begin at random"),
     (Pipeline, "_sanitize_parameters", "", Pipeline.__call__, "arguments of a call would go nowhere"),
@@ -225,9 +233,9 @@ def loading_tells_what_did_not_fit(model, folder):
     _, info = loaded(type(model), folder, config=other, output_loading_info=True, ignore_mismatched_sizes=True)
     assert info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     small = tiny_config()
-    small.lmm_config.text_config.vocab_size = 39
+    small.lmm_config.text_config.vocab_size = 41
     _, info = loaded(type(model), folder, config=small, output_loading_info=True, ignore_mismatched_sizes=True)
-    assert sorted(info["mismatched_keys"])[0][1:] == (torch.Size([40, 16]), torch.Size([39, 16]))
+    assert sorted(info["mismatched_keys"])[0][1:] == (torch.Size([40, 16]), torch.Size([41, 16]))
 
 
 @check
@@ -253,9 +261,12 @@ def what_was_loaded_is_not_drawn_anew(model, folder):
 
 
 @check
-def a_configuration_knows_its_commit(model, folder):
-    """`_commit_hash` is the revision that processor and code are read from."""
-    assert hasattr(PreTrainedConfig(), "_commit_hash") and model.config._commit_hash is None
+def one_revision_for_all_that_is_loaded(model, folder):
+    """Auto classes resolve `revision` once and hand it to `from_pretrained`, where we keep it for the processor."""
+    assert uses(AutoModel.from_pretrained.__func__, "resolve_revision")
+    assert not uses(AutoModel.from_pretrained.__func__, "commit_hash")
+    pinned = type(model).from_pretrained(folder, revision="v1")
+    assert (pinned.revision, copy.deepcopy(pinned).revision) == ("v1", "v1")
 
 
 @check

@@ -386,7 +386,15 @@ def clean(source, tmp_path_factory):
         later["modeling_uground.py"] = StoredFile(b'raise RuntimeError("the later code")\n', is_lfs=False)
         server.repository("someone/pipe").commit("later", "later code", later)
         oid = server.repository("someone/pipe").head.oid
+        other = dict(first.files)
+        settings = json.loads(other["tokenizer_config.json"].data) | {"model_max_length": 123}
+        other["tokenizer_config.json"] = StoredFile(json.dumps(settings).encode(), is_lfs=False)
+        other["processing_uground.py"] = StoredFile(
+            other["processing_uground.py"].data + b"# of another revision\n", is_lfs=False
+        )
+        server.repository("someone/pieces").commit("other", "another processor", other)
         jobs += [
+            ["other", "of_a_revision", {"repo_id": "someone/pieces", "revision": "other"}],
             ["later", "masks", {"repo_id": "someone/pipe", "revision": "later"}],
             ["pinned", "masks", {"repo_id": "someone/pipe", "revision": oid}],
         ]
@@ -446,6 +454,12 @@ def test_nothing_runs_unless_trusted(clean):
 
 def test_revision_pins_the_code(clean):
     assert clean["results"]["later"]["error"] == "RuntimeError: the later code"
+
+
+def test_revision_pins_what_is_loaded_later(clean):
+    other = clean["results"]["other"]
+    assert other.get("longest") == 123, other
+    assert other["code"].endswith(b"# of another revision\n")
 
 
 def test_an_older_transformers_warns_once_naming_both(clean):

@@ -1,5 +1,6 @@
 """Prepared datasets and Scenes on the Hub: card, one commit, pictures inside."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 import torch
 from huggingface_hub import DatasetCard
 from loopback_hub import LoopbackHub, connected
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tiny_processor import tiny_processor
+from tiny_processor import gradient_image, tiny_processor
 
 from uground.hub.publish_data import main
 from uground.training.data.prepared import write_prepared
@@ -84,7 +86,7 @@ def test_scenes(hub, tmp_path):
 
 
 COMMANDS = """
-import json, sys
+import contextlib, io, json, sys
 from uground.training import evaluate, finetune
 
 model, output = sys.argv[1:]
@@ -98,10 +100,9 @@ for command, arguments in (
     (finetune, [*train, "--train_data", "someone/nothing"]),
     (evaluate, [*measure, "--split", "testA"]),
 ):
-    try:
-        said.append(command.main(arguments))
-    except SystemExit as error:
-        said.append(error.code)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        status = command.main(arguments)
+    said.append([status, printed.getvalue().splitlines()[-1:] if status else printed.getvalue()])
 json.dump(said, open(output + "/said.json", "w"))
 """
 
@@ -115,9 +116,10 @@ def test_a_dataset_of_the_hub_is_trained_and_measured_on_by_its_id(prepared, tmp
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     trained, measured, nothing, no_split = json.loads((tmp_path / "said.json").read_text())
-    assert (trained, measured) == (None, None), ran.stderr
-    assert nothing == "finetune: there is neither a folder nor a dataset on the Hub called 'someone/nothing'"
-    assert no_split.startswith("evaluate: ") and "testA" in no_split and "\n" not in no_split
+    assert (trained[0], measured[0]) == (0, 0), (trained, measured)
+    sentence = "finetune: error: there is neither a folder nor a dataset on the Hub called 'someone/nothing'"
+    assert nothing == [2, [sentence]]
+    assert no_split[0] == 2 and no_split[1][0].startswith("evaluate: error: ") and "testA" in no_split[1][0]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "run"))
     assert any(not torch.equal(after[name], value) for name, value in before.items() if name in after)
     assert json.loads((tmp_path / "results" / "results.json").read_text())["count"] == 2
@@ -130,6 +132,33 @@ def test_dry_run_uses_no_network(prepared, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "data/train-00000-of-00001.parquet" in printed
     assert "license_name: see-the-original-data" in printed
+
+
+def test_a_file_of_ones_own(hub, tmp_path, capsys):
+    picture = Image.fromarray(gradient_image(30, 50))
+    picture.save(tmp_path / "upright.jpg")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "turned.jpg", exif=turned)
+    lines = [
+        {"image": "upright.jpg", "query": "the red cup", "masks": [[[5, 5, 30, 5, 30, 20]]], "phrases": ["the cup"]},
+        {"image": "turned.jpg", "query": "the boat", "masks": [[[5, 5, 20, 5, 20, 40]]]},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert main([str(file), "--split", "validation", "--repo-id", DATA, "--license", "cc-by-4.0"]) == 0
+    upright, second = read_published(hub, "validation", tmp_path)
+    assert upright["image"] == {"bytes": (tmp_path / "upright.jpg").read_bytes(), "path": "upright.jpg"}
+    assert (upright["query"], upright["answer"], upright["phrases"]) == ("the red cup", "It is [SEG].", ["the cup"])
+    # The mask is of the turned picture, so it is what is published.
+    assert second["masks"][0]["size"] == [50, 30]
+    assert Image.open(io.BytesIO(second["image"]["bytes"])).size == (30, 50)
+    turns = [{"query": "a", "masks": []}, {"query": "b", "masks": []}]
+    file.write_text(json.dumps({"image": "upright.jpg", "turns": turns}))
+    assert main([str(file), "--repo-id", DATA, "--dry-run"]) == 2
+    assert f"{file}:1: several turns cannot be published" in capsys.readouterr().err
+    assert main([str(file), "--repo-id", DATA, "--dry-run", "--split", "a/b"]) == 2
+    assert "--split must be a word of letters" in capsys.readouterr().err
 
 
 def lose_picture(folder):

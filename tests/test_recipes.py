@@ -1,6 +1,8 @@
 """Every recipe is read and runs two steps on a tiny stand-in; so does the command, from a user's own file."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from trl import TrlParser
 
 from uground.hub.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
+from uground.training.pretrain import main as pretrain
 from uground.training.trainer import UGroundTrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -162,32 +165,39 @@ def test_tensorboard_gets_scalars_the_layer_histogram_and_overlays(stand_in, tmp
         ({"train_data": "nowhere"}, "nowhere holds no prepared dataset"),
         ({"train_weights": "-1.0"}, "weights of sources must be at least 0"),
         ({"train_layer_selection": "best"}, "train_layer_selection must be one of"),
+        ({"seed": str(2**32)}, "seed must lie in 0..4294967295, got 4294967296"),
+        ({"scene_seed": "-1"}, "scene_seed must lie in 0..4294967295, got -1"),
     ],
 )
-def test_the_command_refuses_in_a_sentence(stand_in, tmp_path, settings, message):
-    with pytest.raises(SystemExit, match=f"^finetune: .*{message}"):
-        main(command(stand_in, tmp_path, **settings))
+def test_the_command_refuses_in_a_sentence(stand_in, tmp_path, settings, message, capsys):
+    assert main(command(stand_in, tmp_path, **settings)) == 2
+    assert message in refusal(capsys)
 
 
-def test_a_corrupt_image_stops_the_command_with_its_name(stand_in, tmp_path):
+def refusal(capsys) -> str:
+    """The last line of a command that ended in a sentence."""
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("finetune: error: ")
+    return last
+
+
+def test_a_corrupt_image_stops_the_command_with_its_name(stand_in, tmp_path, capsys):
     broken = stand_in / "broken.png"
     broken.write_bytes((stand_in / "0.png").read_bytes()[:70])
     lines = (stand_in / "mine.jsonl").read_text().splitlines()
     (stand_in / "bad.jsonl").write_text("\n".join([*lines[:2], lines[2].replace("2.png", "broken.png")]))
     settings = {"train_data": stand_in / "bad.jsonl", "dataloader_num_workers": "1"}
-    with pytest.raises(SystemExit, match="^finetune: .*broken.png"):
-        main(command(stand_in, tmp_path, **settings))
+    assert main(command(stand_in, tmp_path, **settings)) == 2
+    assert "broken.png" in refusal(capsys)
     main(command(stand_in, tmp_path, **settings, on_bad_sample="skip"))
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_a_finished_run_that_was_told_something_else_is_refused(stand_in, tmp_path):
+def test_a_finished_run_that_was_told_something_else_is_refused(stand_in, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": "2"}
     main(command(stand_in, tmp_path, **settings))
-    with pytest.raises(
-        SystemExit, match="^finetune: the run in .* cannot go on from checkpoint-2, because learning_rate"
-    ):
-        main(command(stand_in, tmp_path, **settings, learning_rate="0.5"))
+    assert main(command(stand_in, tmp_path, **settings, learning_rate="0.5")) == 2
+    assert re.search("error: the run in .* cannot go on from checkpoint-2, because learning_rate", refusal(capsys))
 
 
 def contents(folder: Path) -> dict:
@@ -247,7 +257,7 @@ def test_a_run_killed_at_its_very_end_is_saved_and_not_trained_further(stand_in,
     assert (tmp_path / "finished.json").is_file()
 
 
-def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path):
+def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": "2", "lr_scheduler_type": "constant"}
     main(command(stand_in, tmp_path / "parts", **settings))
     main(command(stand_in, tmp_path / "parts", **settings, max_steps="4"))
@@ -256,18 +266,38 @@ def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path):
     assert parts == whole
     main(command(stand_in, tmp_path / "linear", **{**settings, "lr_scheduler_type": "linear"}))
     longer = command(stand_in, tmp_path / "linear", **{**settings, "lr_scheduler_type": "linear", "max_steps": "4"})
-    with pytest.raises(
-        SystemExit, match=r"^finetune: the run in .* cannot go on .*, because max_steps was 2 and is 4"
-    ):
-        main(longer)
+    assert main(longer) == 2
+    assert re.search("the run in .* cannot go on .*, because max_steps was 2 and is 4", refusal(capsys))
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
-def test_a_seed_is_used_or_refused_in_a_sentence(stand_in, tmp_path, seed):
-    with pytest.raises(SystemExit, match=f"^finetune: seed must be in 0..4294967295, got {seed}$"):
-        main(command(stand_in, tmp_path, seed=seed))
+@pytest.mark.parametrize(
+    ("name", "seed", "limit"),
+    [("seed", -1, 2**32), ("seed", 2**32, 2**32), ("data_seed", 10**30, 2**63), ("scene_seed", 2**32, 2**32)],
+)
+def test_a_seed_that_is_too_large_is_refused_in_a_sentence(stand_in, tmp_path, name, seed, limit, capsys):
+    assert main(command(stand_in, tmp_path, train_data="scenes", **{name: seed})) == 2
+    assert re.search(f"seed must (be|lie) in 0..{limit - 1}, got {seed}", refusal(capsys))
 
 
-def test_the_largest_seed_trains(stand_in, tmp_path):
-    main(command(stand_in, tmp_path, seed=2**32 - 1, scene_seed=2**32 - 1, train_data="scenes", max_steps="1"))
+def test_the_largest_seeds_train(stand_in, tmp_path):
+    seeds = {"seed": 2**32 - 1, "data_seed": 2**63 - 1, "scene_seed": 2**32 - 1}
+    main(command(stand_in, tmp_path, train_data="scenes", scene_count="2", max_steps="1", **seeds))
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_machine_without_an_accelerator_computes_in_float32_unless_told_otherwise(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = {"output_dir": str(tmp_path), "report_to": "none"}
+    for asked in ({}, {"bf16": True}, {"fp16": True}):
+        config = UGroundTrainingConfig(**settings, **asked, dataloader_num_workers=1000)
+        assert config.use_cpu and not config.bf16 and not config.fp16 and not config.dataloader_pin_memory
+        assert 1 <= config.dataloader_num_workers <= os.cpu_count()
+    assert UGroundTrainingConfig(**settings, bf16=True, use_cpu=True).bf16
+    assert not UGroundTrainingConfig(**settings, use_cpu=True).bf16
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_pretraining_refuses_a_seed_that_is_too_large(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain(["sam", "--output", str(tmp_path / "sam"), "--seed", str(2**64)])
+    assert f"--seed: must be a whole number in 0..{2**32 - 1}, got '{2**64}'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from processes import CONTEXT
 from resume_jobs import STEPS, build, run
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tiny_training import tiny_trainer
+from tiny_training import dataset, example, losses_of, tiny_trainer
 
 from uground.training.adapters import lora_config, with_adapter
 from uground.training.checkpoints import COMPLETE_FILE, last_complete_checkpoint, what_is_missing
@@ -141,3 +141,58 @@ def test_adapters_resume_as_well(tmp_path):
     files = [load_file(tmp_path / name / "checkpoint-4" / "adapter_model.safetensors") for name in ("whole", "parts")]
     assert any("reward_ema" in name for name in files[0])
     assert all(torch.equal(files[1][name], value) for name, value in files[0].items())
+
+
+def test_a_run_goes_on_after_a_finished_epoch(tmp_path):
+    settings = {"save_strategy": "epoch", "max_steps": -1, "lr_scheduler_type": "constant"}
+    whole = build(tmp_path / "whole", "ema", **settings, num_train_epochs=3)
+    whole.train()
+    build(tmp_path / "parts", "ema", **settings, num_train_epochs=1).train()
+    parts = build(tmp_path / "parts", "ema", **settings, num_train_epochs=3)
+    parts.train(resume_from_checkpoint=True)
+    assert parts.state.global_step == whole.state.global_step == 9
+    assert losses_of(parts) == losses_of(whole)
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in parts.model.state_dict().items())
+
+
+def test_an_average_beside_weights_in_bfloat16_is_resumed_to_the_last_bit(tmp_path):
+    def trainer(folder, steps: int):
+        model = tiny_model().to(torch.bfloat16).train()
+        settings = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+        return tiny_trainer(folder, model=model, max_steps=steps, policy_samples=2, **settings)
+
+    trainer(tmp_path / "whole", 3).train()
+    trainer(tmp_path / "parts", 1).train()
+    trainer(tmp_path / "parts", 3).train(resume_from_checkpoint=True)
+    whole, parts = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("whole", "parts"))
+    assert whole["layer_policy.reward_ema"].dtype == torch.float32
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_checkpoint_at_the_end_is_loaded_and_not_trained_further(tmp_path):
+    whole = build(tmp_path, "ema", save_total_limit=1)
+    whole.train()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    again = build(tmp_path, "ema", save_total_limit=1)
+    assert again.train(resume_from_checkpoint=again.resumable_checkpoint()).global_step == STEPS
+    assert again.state.global_step == STEPS
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    empty = build(tmp_path / "empty", "ema")
+    with pytest.raises(ValueError, match="holds no whole checkpoint to resume from"):
+        empty.train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "load_best_model_at_end": True}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "learning_rate": 0.3}
+    evaluated = {"eval_dataset": dataset([example(number) for number in range(4)])}
+    trainer = tiny_trainer(tmp_path, trainer=evaluated, **settings)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == [2, 4, 6, 8] and best < STEPS, "the steps must be too long, so that the last is not best"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{best}"]
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert torch.equal(trainer.model.layer_policy.gates, kept["layer_policy.gates"])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)

@@ -1,13 +1,12 @@
 """Scenes: determinism, the common schema, exact meanings, held-out combinations, and the command line."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import Command
 from pycocotools import mask as coco_mask
 
 from uground.training.scene_drawing import (
@@ -330,9 +329,8 @@ def test_example_scene_holds_one_small_red_boat():
 
 def test_command_writes_preview_and_example(tmp_path):
     sheet, example = tmp_path / "sheet.png", tmp_path / "scene.png"
-    command = [sys.executable, "-m", "uground.training.scenes"]
-    done = subprocess.run([*command, "--preview", "4", str(sheet), "--split", "test"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == str(sheet)
+    done = Command(tmp_path / "said", "uground.training.scenes", "--preview", 4, sheet, "--split", "test")
+    assert done.wait() == [0] and done.text("stdout").strip() == str(sheet)
     with Image.open(sheet) as image:
         assert image.width == 3 * 540 and np.asarray(image).std() > 20
     assert main(["--example", str(example)]) == 0

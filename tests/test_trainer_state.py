@@ -47,9 +47,16 @@ class Break(TrainerCallback):
             raise self.error
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("settings", [{}, MIXED_PRECISION], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("error", [None, RuntimeError("no memory"), KeyboardInterrupt()], ids=["end", "error", "stop"])
+@pytest.mark.parametrize(
+    ("error", "settings", "is_training"),
+    [
+        (None, {}, False),
+        (None, MIXED_PRECISION, True),
+        (RuntimeError("no memory"), MIXED_PRECISION, False),
+        (KeyboardInterrupt(), {}, True),
+    ],
+    ids=["float32", "bfloat16", "error", "stop"],
+)
 def test_the_model_is_as_it_came(tmp_path, error, settings, is_training):
     model = tiny_model().train(is_training)
     model.layer_policy.reward_ema = model.layer_policy.reward_ema.bfloat16()

@@ -81,7 +81,7 @@ def training_config(folder, **settings) -> UGroundTrainingConfig:
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "seed": 3,
         "dataloader_pin_memory": False,

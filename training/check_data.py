@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from uground import UGroundProcessor, tiny_checkpoint
+from uground.command_line import run_command
 from uground.processing.drawing import draw_overlay
 from uground.training.collator import GroundingCollator
 from uground.training.data.jsonl import JsonlSource
@@ -132,15 +133,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0 where every line is good, 1 where one is bad, or 2 after an error."""
     options = _parse(argv)
-    try:
-        processor = UGroundProcessor.from_pretrained(options.model or tiny_checkpoint())
-        report = check_data(options.file, options.count, False, processor, options.max_length)
-        if options.sheet and report.shown:
-            contact_sheet(report.shown).save(options.sheet)
-    except (OSError, ValueError) as error:
-        sys.exit(f"check_data: {error}")
+    return run_command("check_data", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    processor = UGroundProcessor.from_pretrained(options.model or tiny_checkpoint())
+    report = check_data(options.file, options.count, False, processor, options.max_length)
+    if options.sheet and report.shown:
+        contact_sheet(report.shown).save(options.sheet)
     for problem in report.problems[:BAD_LINES_SHOWN]:
         print(problem)
     if len(report.problems) > BAD_LINES_SHOWN:
@@ -148,9 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(report.attributes.items()))
     good = report.lines - len(report.problems)
     print(f"{good} of {report.lines} lines are good ({kinds or 'none'}), with {report.masks} masks")
-    if report.problems:
-        sys.exit(1)
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,14 +2,13 @@
 
     python -m uground.training.evaluate --model PATH --dataset scenes --split test --count 1000 \
         --layers last argmax mc --output results/
-    accelerate launch -m uground.training.evaluate --model PATH --dataset reasonseg --root DIR --split val \
+    python -m uground.training.evaluate --model PATH --dataset reasonseg --root DIR --split val \
         --protocol lisa --style generate --output results/
 
 Answers are written (or forced) once and masks read at one or several choices of layer. Prints a table; with --output,
 writes `results.json` and `predictions.parquet` there, and takes up an interrupted run. docs/evaluation.md says more.
 """
 
-import argparse
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -20,10 +19,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
-from transformers import AutoProcessor
 
 import uground
-from uground import UGroundForReferringSegmentation, tiny_checkpoint
+from uground import tiny_checkpoint
+from uground.checkpoint_loading import load_model, load_processor
+from uground.command_line import DTYPES, RESUMABLE, SEEDS, CommandParser, checked_seed, run_command, seed_number
 from uground.processing.job_processes import job_state
 from uground.training.calibration import calibration
 from uground.training.data.masks import decode_mask, encode_mask
@@ -43,7 +43,6 @@ COLUMNS = {
 }
 PACKAGES = ("uground", "torch", "transformers", "accelerate", "datasets", "pycocotools", "numpy", "pillow")
 RULES = ("last", "argmax", "sample", "mc")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -60,7 +59,7 @@ class EvaluationArguments:
     seed: int = 0
     layers: list[str | int] = field(default_factory=lambda: ["argmax"])
     batch_size: int = 32
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     dtype: str | None = None
     overlays: int = 0
     output: str | None = None
@@ -70,6 +69,7 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        checked_seed(self.seed, "--seed")
         if self.style not in STYLES:
             raise ValueError(f"--style must be one of {', '.join(STYLES)}, got {self.style!r}")
         if self.dtype not in (None, *DTYPES):
@@ -141,12 +141,13 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     """
     state = job_state()
     data = evaluation_data(arguments.dataset, arguments.root, arguments.split, arguments.count, arguments.seed)
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    processor = load_processor(arguments.model)
     protocols = checked_protocols(arguments, data, processor)
     dtype = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
-    model = UGroundForReferringSegmentation.from_pretrained(arguments.model, **dtype).to(state.device).eval()
+    model = load_model(arguments.model, **dtype).to(state.device)
     layers = checked_layers(arguments.layers, model.config.num_layers)
-    store = BlockStore(arguments.output, _settings(arguments, data, layers))
+    settings = _settings(arguments, data, protocols, layers)
+    store = BlockStore(arguments.output, settings)
     blocks = store.finished()
     # Before anybody adds to it: all must see the same blocks, or two would share the rest out differently.
     state.wait_for_everyone()
@@ -155,12 +156,12 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     mine = remaining[state.process_index :: state.num_processes]
     fresh = []
     for number in tqdm(mine, unit="batch", disable=not state.is_main_process):
-        set_seed(arguments.seed * 1_000_003 + number)
+        set_seed((arguments.seed * 1_000_003 + number) % len(SEEDS))
         fresh.append(_measure_block(number, arguments, data, model, processor, layers))
         store.add(fresh[-1])
     blocks |= {block["block"]: block for block in gather_object(fresh)}
     results = _reduce([blocks[number] for number in range(total)], protocols, layers, arguments, data)
-    results |= {"command": command, "processes": state.num_processes}
+    results |= {"command": command, "processes": state.num_processes, "settings": settings}
     if arguments.output and state.is_main_process:
         rows = [row for number in range(total) for row in blocks[number]["predictions"]]
         write_results(arguments.output, results, rows)
@@ -173,15 +174,18 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     return results
 
 
-def _settings(arguments: EvaluationArguments, data: EvaluationData, layers: list[str | int]) -> dict:
-    """Everything that the counts depend on, for an interrupted evaluation to be recognised."""
-    names = ("dataset", "root", "split", "style", "seed", "batch_size", "max_new_tokens", "dtype")
+def _settings(arguments: EvaluationArguments, data: EvaluationData, protocols, layers: list[str | int]) -> dict:
+    """Everything that the results depend on, for those of another evaluation to be recognised."""
+    names = ("dataset", "root", "style", "seed", "batch_size", "max_new_tokens", "dtype")
     weights = sorted(Path(arguments.model).glob("*.safetensors")) if Path(arguments.model).is_dir() else []
     return {
         "model": str(Path(arguments.model).resolve()) if weights else arguments.model,
         "weights": [[path.name, path.stat().st_size, path.stat().st_mtime] for path in weights],
         **{name: getattr(arguments, name) for name in names},
+        "split": data.split,
+        "content": data.content,
         "count": data.size,
+        "protocol": protocols,
         "layers": layers,
     }
 
@@ -256,6 +260,7 @@ def _reduce(blocks: list[dict], protocols: list[str], layers, arguments: Evaluat
         "calibration": scores,
         "counts": {name: row["queries"] for name, row in figures[protocols[0]][str(layers[0])].items()},
         **{name: value for name, value in asdict(arguments).items() if name not in ("output", "protocol", "style")},
+        "split": data.split,
         "count": data.size,
         "left_out": data.left_out,
         "layers": layers,
@@ -263,7 +268,7 @@ def _reduce(blocks: list[dict], protocols: list[str], layers, arguments: Evaluat
         "commit": git_commit(Path(uground.__file__).parent),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    if arguments.style == "generate":
+    if arguments.style == "generate" and data.is_answer_known:
         results["answers_as_written"] = 1 - sum(block["wrong_answers"] for block in blocks) / data.size
     return results
 
@@ -319,23 +324,18 @@ def _layer(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str):
-        self.exit(2, f"evaluate: {message}\n")
-
-
 def _parse(argv: list[str] | None) -> EvaluationArguments:
-    parser = _Parser("python -m uground.training.evaluate", description=__doc__.splitlines()[0])
+    parser = CommandParser("python -m uground.training.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", default=tiny_checkpoint(), help="folder or Hub id; the bundled checkpoint by default"
     )
     parser.add_argument(
-        "--dataset", default="scenes", help="scenes, the name of a dataset, a prepared folder, or a Hub id"
+        "--dataset",
+        default="scenes",
+        help="scenes, a JSONL file, a name, a prepared folder, or a Hub id",
     )
     parser.add_argument("--root", help="folder of the dataset's original files")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="of a JSONL file, only a name for the results")
     parser.add_argument(
         "--protocol", nargs="+", default=[], help=f"{', '.join(PROTOCOLS)}; by default the usual one of the dataset"
     )
@@ -343,7 +343,7 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
         "--style", default="generate", choices=STYLES, help="answers written, or the wanted ones forced"
     )
     parser.add_argument("--count", type=int, help="at most so many queries; all by default, 1000 of scenes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes, and of layers drawn under mc")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the scenes, and of layers drawn under mc")
     parser.add_argument(
         "--layers", nargs="+", type=_layer, default=["argmax"], help="last, argmax, sample, mc, layer numbers or all"
     )
@@ -355,13 +355,14 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
     return EvaluationArguments(**vars(parser.parse_args(argv)))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
     command = " ".join(["python -m uground.training.evaluate", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        arguments = _parse(argv)
-        results = evaluate(arguments, command)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
+    return run_command("evaluate", lambda: _run(_parse(argv), command), RESUMABLE)
+
+
+def _run(arguments: EvaluationArguments, command: str) -> None:
+    results = evaluate(arguments, command)
     if not job_state().is_main_process:
         return
     for protocol in (results["protocol"], *results["more_figures"]):
@@ -374,4 +375,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -70,7 +70,7 @@ def predict(
     examples: list[dict],
     layers: list[str | int],
     style: str = "generate",
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     neutral_answer: str = "[SEG].",
 ) -> dict[str | int, list[Prediction]]:
     """
@@ -81,7 +81,7 @@ def predict(
         examples: in the common schema, images opened; several may be about one image.
         layers: choices of layer, as `model.read_masks` takes them.
         style: one of `STYLES`.
-        max_new_tokens: of a written answer.
+        max_new_tokens: of a written answer; by default as the model's `generation_config` says.
         neutral_answer: forced where the answer wanted has no segment.
 
     Returns:

@@ -11,10 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from PIL import Image
 
+from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.processing.drawing import draw_result
 from uground.training.data.masks import decode_mask
 
 PARTIAL = "partial"
+RESULTS = "results.json"
+# Settings that results have always named.
+LASTING = ("dataset", "root", "split", "style", "seed", "batch_size", "max_new_tokens", "dtype", "count", "layers")
 RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 PREDICTIONS = pa.schema(
     [
@@ -48,7 +52,7 @@ class BlockStore:
         settings: everything that the figures depend on. An interrupted evaluation is taken up only with the same.
 
     Raises:
-        ValueError: the folder holds an interrupted evaluation with other settings.
+        ValueError: the folder holds an evaluation with other settings, interrupted or finished.
     """
 
     def __init__(self, folder: str | os.PathLike | None, settings: dict):
@@ -58,20 +62,31 @@ class BlockStore:
             return
         # As it comes back from the file.
         settings = json.loads(json.dumps(settings))
+        self._refuse_other_results(self.folder.parent / RESULTS, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = self.folder / "settings.json"
         if kept.exists():
             before = json.loads(kept.read_text(encoding="utf-8"))
-            changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-            if changed:
-                name = changed[0]
+            if changed := _first_change(before, settings):
                 raise ValueError(
-                    f"{folder} holds an interrupted evaluation with {name}={before.get(name)!r}, got "
-                    f"{settings.get(name)!r}; finish it with its settings, or delete {self.folder}"
+                    f"{folder} holds an interrupted evaluation with {changed}; finish it with its settings, or delete "
+                    f"{self.folder}"
                 )
         else:
             _write_whole(kept, json.dumps(settings, indent=2))
         self.file = self.folder / f"blocks-{uuid.uuid4().hex}.jsonl"
+
+    @staticmethod
+    def _refuse_other_results(path: Path, settings: dict) -> None:
+        if not path.is_file():
+            return
+        results = read_json_object(path)
+        # Results of earlier versions hold the settings among the rest, the name of the model as it was typed.
+        before = results.get("settings") or {name: results[name] for name in LASTING if name in results}
+        if changed := _first_change(before, {name: settings.get(name) for name in before}):
+            raise ValueError(
+                f"{path.parent} holds a finished evaluation with {changed}; name another folder, or delete {path}"
+            )
 
     def finished(self) -> dict[int, dict]:
         """The blocks that are done, by number."""
@@ -97,6 +112,14 @@ class BlockStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _first_change(before: dict, settings: dict) -> str | None:
+    """The first setting that differs, with both values; `None` where all are the same."""
+    for name in sorted({*before, *settings}):
+        if before.get(name) != settings.get(name):
+            return f"{name}={before.get(name)!r}, got {settings.get(name)!r}"
+    return None
+
+
 def _write_whole(path: Path, text: str) -> None:
     """Write a file that is whole whenever it exists."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -112,7 +135,7 @@ def write_results(folder: str | os.PathLike, results: dict, predictions: list[di
     partial = folder / "predictions.parquet.partial"
     parquet.write_table(table, partial)
     partial.replace(folder / "predictions.parquet")
-    _write_whole(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _write_whole(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_overlays(folder: str | os.PathLike, predictions: list[dict], count: int, example) -> None:

@@ -1,7 +1,8 @@
 """Fine-tune a UGround checkpoint.
 
-    accelerate launch -m uground.training.finetune --config recipes/tiny.yaml
-    accelerate launch -m uground.training.finetune --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
+    python -m uground.training.finetune --config recipes/tiny.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m uground.training.finetune \\
+        --config recipes/llava-7b-lora.yaml --train_data mine.jsonl
 
 A recipe is a yaml file of the flags below; flags on the command line win over it. A run that was interrupted goes on
 from its last whole checkpoint when the same command is given again; one that is finished stays as it is.
@@ -11,10 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoProcessor
 from trl import TrlParser
 
-from uground.modeling_uground import UGroundForReferringSegmentation
+from uground.checkpoint_loading import base_of, is_adapter, load_processor
+from uground.checkpoint_loading import load_model as load_checkpoint
+from uground.command_line import RESUMABLE, checked_seed, run_command
 from uground.training.adapters import lora_config, quantization_config, with_adapter, with_saved_adapter
 from uground.training.checkpoints import finished_steps, mark_finished, mark_unfinished
 from uground.training.collator import GroundingCollator
@@ -79,6 +81,7 @@ class FinetuneArguments:
     def __post_init__(self):
         if self.on_bad_sample not in BAD_SAMPLE_POLICIES:
             raise ValueError(f"on_bad_sample must be one of {BAD_SAMPLE_POLICIES}, got {self.on_bad_sample!r}")
+        checked_seed(self.scene_seed, "scene_seed")
 
 
 def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
@@ -147,8 +150,14 @@ def load_model(arguments: FinetuneArguments):
     settings = {"dtype": dtype, "quantization_config": quantization_config(arguments.quantization)}
     if arguments.attn_implementation is not None:
         settings["attn_implementation"] = arguments.attn_implementation
-    model = UGroundForReferringSegmentation.from_pretrained(arguments.model, **settings)
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    if is_adapter(arguments.model):
+        base = base_of(arguments.model)
+        raise ValueError(
+            f"the folder {arguments.model!r} holds an adapter, not a model: to train it further pass --model {base} "
+            f"--adapter {arguments.model}"
+        )
+    processor = load_processor(arguments.model)
+    model = load_checkpoint(arguments.model, **settings)
     if arguments.adapter:
         model = with_saved_adapter(model, arguments.adapter)
     elif arguments.lora_rank:
@@ -221,15 +230,16 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
     return trainer
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_command("finetune", lambda: _run(argv), RESUMABLE)
+
+
+def _run(argv: list[str] | None) -> None:
     parser = TrlParser((FinetuneArguments, UGroundTrainingConfig), description=__doc__.splitlines()[0])
-    try:
-        finetune(*parser.parse_args_and_config(argv))
-    except (ValueError, OSError) as error:
-        # What a data worker raises comes with its traceback; the sentence is the last line.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        sys.exit(f"finetune: {lines[-1]}")
+    arguments, config = parser.parse_args_and_config(argv)
+    finetune(arguments, config)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,17 @@ import torch
 
 # How accelerate has a model compute in mixed precision, and that it does.
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
-MARKS = (*PREPARED, "training", "gradient_checkpointing", "_gradient_checkpointing_func", "neftune_noise_alpha")
+# Whether bitsandbytes packs 4-bit weights anew at the first evaluation on some CPUs: that rounds their scales, so that
+# training would go on with other weights, and fails for layers whose width is no multiple of 64.
+CPU_PACKING = "support_avx512bf16_for_cpu"
+MARKS = (
+    *PREPARED,
+    "training",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "neftune_noise_alpha",
+    CPU_PACKING,
+)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ Non-goal: training SAM or CLIP in earnest.
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import CLIPVisionModel, SamModel, get_cosine_schedule_with_warmup
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+from uground.command_line import run_command, seed_number
+from uground.modeling_uground.hub_files import give_usual_mode
 from uground.modeling_uground.lmm_access import token_validity, vision_key_mask
 from uground.training.collator import letterbox_mask
 from uground.training.scene_drawing import COLOURS, KINDS, SIZES, TEXTURES, Scene
@@ -235,20 +238,26 @@ def pretrain(stage_name: str, output: Path, steps: int, batch_size: int, learnin
             sums = {}
         if step % SAVE_EVERY == 0 or step == steps:
             stage.model.save_pretrained(output)
+            for weights in Path(output).glob("*.safetensors"):
+                give_usual_mode(weights)
     return figures
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m uground.training.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=sorted(STAGES))
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32, help="scenes per step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     options = parser.parse_args(argv)
+    return run_command("pretrain", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     pretrain(options.stage, options.output, options.steps, options.batch_size, options.learning_rate, options.seed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from uground.modeling_uground.hub_files import give_usual_mode
+
 logger = logging.get_logger(__name__)
 
 GIGABYTE = 2**30
@@ -81,6 +83,7 @@ class SamEmbeddingCache:
         path.parent.mkdir(exist_ok=True)
         draft = path.with_name(f".{uuid.uuid4().hex}.part")
         save_file({"embedding": embedding.detach().cpu().contiguous()}, draft)
+        give_usual_mode(draft)
         os.replace(draft, path)
         self._used += size
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
+from uground.command_line import CommandParser, run_command, seed_number
 from uground.training.scene_drawing import COLOURS, KINDS, ObjectPlan, Scene, choose, draw_scene, paint
 from uground.training.scene_queries import ATTRIBUTE_WEIGHTS, Grammar, Query
 
@@ -266,15 +267,8 @@ def _wrapped(text: str, font, width: int) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m uground.training.scenes", description="Draw scenes to look at.")
+    parser = CommandParser(prog="python -m uground.training.scenes", description="Draw scenes to look at.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--preview",
@@ -284,7 +278,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--example", metavar="OUT.png", help="write the fixed scene of examples/scene.png")
     parser.add_argument("--split", choices=tuple(SPLITS), default="train")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--queries-per-scene", type=int, default=1, metavar="Q")
     parser.add_argument("--attributes", nargs="+", choices=tuple(ATTRIBUTE_WEIGHTS), help="only these")
     options = parser.parse_args(arguments)
@@ -298,19 +292,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Command line entry; returns the exit status."""
     options = _parse(arguments)
-    try:
-        if options.preview:
-            count, path = int(options.preview[0]), options.preview[1]
-            drawn = scenes(options.split, count, options.seed, options.queries_per_scene, options.attributes)
-            preview(list(drawn)).save(path)
-        else:
-            path = options.example
-            example_scene().image.save(path)
-    except (ValueError, OSError) as error:
-        print(f"python -m uground.training.scenes: {error}", file=sys.stderr)
-        return 2
+    return run_command("scenes", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.preview:
+        count, path = int(options.preview[0]), options.preview[1]
+        drawn = scenes(options.split, count, options.seed, options.queries_per_scene, options.attributes)
+        preview(list(drawn)).save(path)
+    else:
+        path = options.example
+        example_scene().image.save(path)
     print(path)
-    return 0
 
 
 if __name__ == "__main__":

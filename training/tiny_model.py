@@ -7,6 +7,7 @@ policy, SAM), so that everything the package does can be run offline. Non-goal: 
 """
 
 import argparse
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
     SamModel,
 )
 
+from uground.command_line import run_command
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor, letterbox_image_processor
 from uground.training.scenes import corpus
@@ -44,6 +46,12 @@ CHAT_TEMPLATE = """\
         {{- "USER: " + render(message["content"]) + " " -}}
     {%- elif message["role"] == "assistant" -%}
         {{- "ASSISTANT: " -}}{%- generation -%}{{- render(message["content"]) + eos_token -}}{%- endgeneration -%}
+    {%- elif message["role"] == "system" and loop.first -%}
+        {{- render(message["content"]) + " " -}}
+    {%- else -%}
+        {{- raise_exception(
+            "the chat template knows the roles user, assistant and, in front, system, got " + message["role"]
+        ) -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "ASSISTANT:" -}}{%- endif -%}
@@ -148,6 +156,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> UGroundProcessor:
 
 def assemble(sam: Path, vision: Path, output: Path, seed: int = 0) -> None:
     """Put pretrained SAM and vision tower, a new language model, policy and projection together and save them."""
+    trained_sam, trained_vision = _trained(SamModel, sam), _trained(CLIPVisionModel, vision)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
     processor = build_processor(tokenizer)
@@ -159,20 +168,27 @@ def assemble(sam: Path, vision: Path, output: Path, seed: int = 0) -> None:
         similarity_scaling="scaled",
     )
     model = UGroundForReferringSegmentation(config)
-    model.mask_decoder.sam.load_state_dict(SamModel.from_pretrained(sam).state_dict())
-    model.lmm.model.vision_tower.load_state_dict(CLIPVisionModel.from_pretrained(vision).state_dict())
+    model.mask_decoder.sam.load_state_dict(trained_sam.state_dict())
+    model.lmm.model.vision_tower.load_state_dict(trained_vision.state_dict())
     model.save_pretrained(output)
     processor.save_pretrained(output)
 
 
-def main(argv: list[str] | None = None) -> None:
+def _trained(model_class, folder: Path):
+    """The model that `uground.training.pretrain` left in a folder."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the folder {str(folder)!r} holds no pretrained model: there is no config.json")
+    return model_class.from_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m uground.training.tiny_model", description=__doc__.splitlines()[0])
     parser.add_argument("--sam", type=Path, required=True, help="folder of the pretrained SAM")
     parser.add_argument("--vision", type=Path, required=True, help="folder of the pretrained vision tower")
     parser.add_argument("--output", type=Path, required=True, help="folder for the untrained checkpoint")
     options = parser.parse_args(argv)
-    assemble(options.sam, options.vision, options.output)
+    return run_command("tiny_model", lambda: assemble(options.sam, options.vision, options.output))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

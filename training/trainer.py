@@ -10,13 +10,14 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from uground.hub.trainer_push import HubPushMixin
+from uground.modeling_uground.hub_files import give_usual_mode
 from uground.modeling_uground.layer_policy import LayerPolicy
 from uground.training.adapters import trainable_in_float32
 from uground.training.answer_evaluation import AnswerEvaluation
 from uground.training.checkpoints import COMPLETE_FILE, mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
-from uground.training.model_state import float32_buffers, left_as_found, marks_of
+from uground.training.model_state import CPU_PACKING, float32_buffers, left_as_found, marks_of
 from uground.training.policy_draws import PolicyDraws, PolicyLoss, drawn_layers, policy_loss, segment_uniforms
 from uground.training.repeated_items import count_only, own_images
 from uground.training.resume import ResumeMixin
@@ -103,12 +104,11 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         layers = [f"layer/{layer}" for layer in range(bare.config.num_layers)]
         by_segment = [*(f"loss/{name}" for name in GROUNDING_TERMS if name != "entropy"), "policy/entropy"]
         drawn = ["loss/policy", "loss/critic", "policy/reward", "policy/baseline", "policy/advantage", *layers]
-        denominators = {
+        self._denominators = {
             "loss/text": "tokens",
             **dict.fromkeys(by_segment, "segments"),
             **dict.fromkeys(drawn, "drawn segments"),
         }
-        self._denominators = denominators
         self._gathers_to_segment = False
         self._begin()
 
@@ -302,8 +302,10 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             means = self._means["train"].reduce(self.accelerator)
-            if self.mixture is not None and self.mixture.skipped:
-                means["data/skipped"] = float(self.mixture.skipped)
+            if self.mixture is not None:
+                skipped = torch.tensor(float(self.mixture.skipped), device=self.accelerator.device)
+                skipped = self.accelerator.reduce(skipped, reduction="sum").item()
+                means |= {"data/skipped": skipped} if skipped else {}
             self._metrics["train"].update({name: [value] for name, value in means.items()})
             shares = [value for name, value in means.items() if name.startswith("layer/")]
             if shares:
@@ -331,13 +333,21 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As `Trainer.evaluate`."""
-        with left_as_found(self.model, self._preparation):
+        with self._evaluating():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """As `Trainer.predict`."""
-        with left_as_found(self.model, self._preparation):
+        with self._evaluating():
             return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluating(self):
+        with left_as_found(self.model, self._preparation):
+            for module in self.model.modules():
+                if hasattr(module, CPU_PACKING):
+                    setattr(module, CPU_PACKING, False)
+            yield
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         inputs = self._without_repeats(inputs, self.callback_handler.eval_dataloader.dataset)
@@ -384,6 +394,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         with _own_class(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
+        for weights in Path(output_dir or self.args.output_dir).glob("*.safetensors"):
+            give_usual_mode(weights)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save, say that it is whole, and only then push it and delete what is older."""

@@ -13,8 +13,8 @@ from uground.training.losses import LossWeights
 # Frozen as in the official scripts: the LMM's vision tower, and what SAM makes of an image before any prompt.
 FROZEN = ("vision_tower", "vision_encoder", "shared_image_embedding", "shared_embedding")
 TRAIN_LAYER_SELECTIONS = ("sample", "last")
-# Seeds of numpy's global generator, which is seeded as well, have 32 bits.
-SEED_LIMIT = 2**32
+# Seeds of numpy's global generator, which `seed` is for as well, have 32 bits; those of PyTorch's generators 64.
+SEED_LIMITS = {"seed": 2**32, "data_seed": 2**63}
 
 
 @dataclass
@@ -66,7 +66,9 @@ class UGroundTrainingConfig(SFTConfig):
     eval_generate_count: int = field(
         default=0, metadata={"help": "evaluation items whose answers are also generated, 0 for none"}
     )
-    eval_max_new_tokens: int = field(default=64, metadata={"help": "most tokens of a generated answer"})
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "most tokens of a generated answer (default: as the checkpoint says)"}
+    )
     eval_overlays: int = field(default=4, metadata={"help": "generated answers drawn for TensorBoard"})
     max_length: int | None = field(
         default=None,
@@ -83,17 +85,17 @@ class UGroundTrainingConfig(SFTConfig):
     def __post_init__(self):
         self._resolve_checkpointing()
         self._fit_to_device()
-        # More workers than cores only wait for one another.
-        self.dataloader_num_workers = min(self.dataloader_num_workers, _num_cores())
         super().__post_init__()
         if self.train_layer_selection not in TRAIN_LAYER_SELECTIONS:
             raise ValueError(
                 f"train_layer_selection must be one of {TRAIN_LAYER_SELECTIONS}, got {self.train_layer_selection!r}"
             )
-        if not 0 <= self.seed < SEED_LIMIT:
-            raise ValueError(f"seed must be in 0..{SEED_LIMIT - 1}, got {self.seed}")
+        for name, limit in SEED_LIMITS.items():
+            seed = getattr(self, name)
+            if seed is not None and not 0 <= seed < limit:
+                raise ValueError(f"{name} must be in 0..{limit - 1}, got {seed}")
         for name in ("policy_samples", "eval_max_new_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
@@ -109,7 +111,9 @@ class UGroundTrainingConfig(SFTConfig):
             self.activation_checkpointing = True
 
     def _fit_to_device(self) -> None:
-        """Choose what this machine can do, before `SFTConfig` refuses what it cannot."""
+        """Choose what this machine can do, before `SFTConfig` refuses what it cannot, or PyTorch warns of it."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.dataloader_num_workers = min(self.dataloader_num_workers, cores)
         if torch.accelerator.is_available() and not self.use_cpu:
             if self.bf16 is not False and not self.fp16:
                 self.bf16 = is_torch_bf16_gpu_available()
@@ -118,6 +122,8 @@ class UGroundTrainingConfig(SFTConfig):
             # Said for each process of a job too: otherwise it would take itself for the only one.
             self.use_cpu = True
             self.bf16 = self.fp16 = False
+        # Asked for, a CPU computes in bfloat16; most are slower in it.
+        self.bf16 = bool(self.bf16)
         # Pinned memory speeds up copies to an accelerator, and without one is warned of.
         self.dataloader_pin_memory = False
 
@@ -137,11 +143,6 @@ class UGroundTrainingConfig(SFTConfig):
     def map_target(self) -> MapTarget:
         """How masks become targets of similarity maps."""
         return MapTarget(self.gaussian_kernel_size, self.gaussian_sigma, self.pos_weight_cap)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def freeze(

@@ -93,6 +93,16 @@ class JsonlSource:
         """What a line is called in messages: file and line number."""
         return f"{self.path}:{self._lines[index][0]}"
 
+    def line(self, index: int) -> dict:
+        """
+        A line as it stands, its image and masks not opened.
+
+        Raises:
+            ValueError: it is no JSON object; the sentence begins with file and line number.
+        """
+        name = self.name_of(index)
+        return parse_line(decode_line(self._lines[index][1], name), name)
+
     def record(self) -> dict:
         """What the data are, for a run that is to be resumed: changed lines change it."""
         content = b"\n".join(line for _, line in self._lines)
@@ -147,14 +157,29 @@ def read_line(line: str, folder: Path, name: str) -> dict:
         OSError: an image or a mask file is missing or unreadable.
         ValueError: the line does not say what it must; the sentence begins with `name`.
     """
-    record = _parse(line, name)
-    if not isinstance(record, dict):
-        raise ValueError(f"{name}: a line must be a JSON object, got {type(record).__name__}")
+    record = parse_line(line, name)
     _check_keys(record, KEYS, name)
     if not isinstance(record.get("image"), str):
         raise ValueError(f"{name}: image must be the path of a picture, got {shown(record.get('image'))}")
     image = _read_picture(folder / _text(record["image"], "image", name), name)
     return build_example(record, image, folder, name)
+
+
+def parse_line(line: str, name: str) -> dict:
+    """The object of a line; a `ValueError` that begins with `name` for anything else."""
+    record = _parse(line, name)
+    if not isinstance(record, dict):
+        raise ValueError(f"{name}: a line must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+def asks_for_masks(record: dict) -> bool:
+    """Whether a line wants masks, or to hear that nothing is there, and not an answer in words alone."""
+    turns = record.get("turns")
+    asked = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else record
+    answer = asked.get("answer")
+    attribute = record.get("attribute") or (_attribute(answer) if isinstance(answer, str) else None)
+    return attribute != "vqa"
 
 
 def _parse(line: str, name: str):
@@ -396,4 +421,4 @@ def _box_iou(first, second) -> float:
     return float(overlap / (sum(areas) - overlap))
 
 
-__all__ = ["JsonlSource", "build_example", "read_line"]
+__all__ = ["JsonlSource", "asks_for_masks", "build_example", "parse_line", "read_line"]

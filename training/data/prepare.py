@@ -9,9 +9,11 @@ DIR is the folder that holds `refer_seg/`, `reason_seg/`, …, or the dataset's 
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import islice
 
 from tqdm import tqdm
 
+from uground.command_line import CommandParser, run_command, seed_number
 from uground.training.data.prepared import write_prepared
 from uground.training.data.registry import DATASETS, read_samples
 from uground.training.data.samples import SkipCount
@@ -23,11 +25,14 @@ SCENES = "scenes"
 
 
 def prepared_examples(arguments: argparse.Namespace, split: str, skips: SkipCount) -> Iterator[dict]:
-    """The examples of a split as told by the arguments of the command, images not opened; counts what is left out."""
+    """
+    The examples of a split as told by the arguments of the command, images not opened; counts what is left out.
+
+    Raises:
+        OSError, ValueError: at once where files are missing or make no sense; of one record when it is read.
+    """
     if arguments.dataset == SCENES:
-        for example in scenes(split, arguments.count or 1000, arguments.seed):
-            yield {**example, "subset": None}
-        return
+        return ({**example, "subset": None} for example in scenes(split, arguments.count or 1000, arguments.seed))
     style = arguments.words or ("training" if split == "train" else "evaluation")
     wording = Wording(style, arguments.seed, arguments.rejection)
     samples = read_samples(arguments.dataset, arguments.root, split, skips)
@@ -35,21 +40,11 @@ def prepared_examples(arguments: argparse.Namespace, split: str, skips: SkipCoun
         samples = group_samples(
             list(samples), arguments.seed, arguments.targets_per_query, arguments.queries_per_image
         )
-    for index, sample in enumerate(samples):
-        if index == arguments.count:
-            return
-        yield wording.example(sample)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str):
-        self.exit(2, f"prepare: {message}\n")
+    return map(wording.example, islice(samples, arguments.count))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = CommandParser(
         "python -m uground.training.data.prepare",
         description=__doc__.splitlines()[0],
         epilog="datasets and splits: "
@@ -63,7 +58,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--words", choices=["training", "evaluation"], help="templates; by default training for the split train only"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of templates and of what is asked about each image")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of templates and of what is asked about each image"
+    )
     parser.add_argument("--targets-per-query", type=int, default=1, help="at most so many targets of an image at once")
     parser.add_argument("--queries-per-image", type=int, help="at most so many queries of an image; all by default")
     parser.add_argument(
@@ -81,22 +78,24 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
     arguments = _parse(argv)
+    return run_command("prepare", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     known = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].splits
     whole = tuple(SCENE_SPLITS) if arguments.dataset == SCENES else DATASETS[arguments.dataset].whole_splits
-    try:
-        for split in arguments.split or whole:
-            if split not in known:
-                raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
-        for split in arguments.split or whole:
-            skips = SkipCount()
-            examples = tqdm(prepared_examples(arguments, split, skips), desc=split, unit=" examples")
-            count = write_prepared(examples, arguments.output, split, arguments.embed_images)
-            print("; ".join(filter(None, (f"{split}: {count} examples in {arguments.output}/data", str(skips)))))
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare: {error}")
+    for split in arguments.split or whole:
+        if split not in known:
+            raise ValueError(f"{arguments.dataset} has no split {split!r}; it has: {', '.join(known)}")
+    for split in arguments.split or whole:
+        skips = SkipCount()
+        examples = tqdm(prepared_examples(arguments, split, skips), desc=split, unit=" examples")
+        count = write_prepared(examples, arguments.output, split, arguments.embed_images)
+        print("; ".join(filter(None, (f"{split}: {count} examples in {arguments.output}/data", str(skips)))))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image as PILImage
 
+from uground.command_line import one_line
 from uground.training.data.files import open_image
 from uground.training.data.masks import check_size, is_empty, read_mask
 from uground.training.data.records import Record
@@ -87,11 +88,7 @@ def _table(rows: list[dict]) -> pa.Table:
         return pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
     except (pa.ArrowException, UnicodeError) as error:
         ids = f"{ascii(rows[0]['id'])} to {ascii(rows[-1]['id'])}"
-        raise ValueError(f"of the examples {ids} one cannot be stored: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"of the examples {ids} one cannot be stored: {one_line(error)}") from error
 
 
 def open_parquet(path: str | os.PathLike) -> parquet.ParquetFile:
@@ -104,7 +101,7 @@ def open_parquet(path: str | os.PathLike) -> parquet.ParquetFile:
     try:
         return parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise OSError(f"{path} cannot be read as a parquet file: {_one_line(error)}") from error
+        raise OSError(f"{path} cannot be read as a parquet file: {one_line(error)}") from error
 
 
 def parquet_rows(path: str | os.PathLike, columns: Iterable[str]) -> Iterator[dict]:
@@ -120,7 +117,7 @@ def parquet_rows(path: str | os.PathLike, columns: Iterable[str]) -> Iterator[di
             batch = next(batches, None)
             rows = None if batch is None else batch.to_pylist()
         except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise OSError(f"{path} cannot be read as a parquet file: {_one_line(error)}") from error
+            raise OSError(f"{path} cannot be read as a parquet file: {one_line(error)}") from error
         if rows is None:
             return
         yield from rows
@@ -206,7 +203,7 @@ def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"there is neither a folder nor a dataset on the Hub called {str(name)!r}") from error
     except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
-        raise ValueError(f"the dataset {str(name)!r} cannot be read: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"the dataset {str(name)!r} cannot be read: {one_line(error.__cause__ or error)}") from error
 
 
 def _hub_dataset(name: str, split: str) -> Dataset:

@@ -1,0 +1,330 @@
+"""Files of a checkpoint that are cut, foreign, or of another type: one sentence that names the file."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_merge_lora import ROWS, write_adapter
+from tiny import tiny_inputs, tiny_model
+from tiny_processor import gradient_image, tiny_processor
+
+from uground.checkpoint_loading import load_model, load_processor
+from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.processing import UGroundProcessor
+
+command = importlib.import_module("uground.__main__")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+CONFIG, PROCESSOR, GENERATION = "config.json", "processor_config.json", "generation_config.json"
+TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Ways to break any JSON file, and the part of the sentence that says so.
+BROKEN = {
+    "cut": (lambda content: content[: len(content) // 2], "JSON"),
+    "empty": (lambda _: b"", "is empty"),
+    "pointer": (lambda _: POINTER, "is a pointer of Git LFS, fetch the file itself"),
+    "list": (lambda _: b"[1]", "must hold a JSON object, got list"),
+    "null": (lambda _: b"null", "must hold a JSON object, got NoneType"),
+    "UTF-16": (lambda content: content.decode().encode("utf-16"), "UTF-8"),
+    "BOM": (lambda content: b"\xef\xbb\xbf" + content, "BOM"),
+    "Latin-1": (lambda _: b'{"a": "\xe9"}', "utf-8"),
+    "deep": (lambda _: b"[" * 100_000, "recursion"),
+    "huge number": (lambda _: b'{"a": ' + b"9" * 5000 + b"}", "limit"),
+}
+LOADERS = {
+    CONFIG: UGroundConfig.from_pretrained,
+    GENERATION: UGroundForReferringSegmentation.from_pretrained,
+    WEIGHTS: UGroundForReferringSegmentation.from_pretrained,
+    INDEX: UGroundForReferringSegmentation.from_pretrained,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def spoilt(checkpoint: Path, folder: Path, name: str, content: bytes) -> Path:
+    """The checkpoint with other content in one file."""
+    for path in checkpoint.iterdir():
+        if path.name != name:
+            os.link(path, folder / path.name)
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def refusal(load, folder: Path, name: str) -> str:
+    """The sentence by which a folder is refused; it names the file."""
+    with pytest.raises((ValueError, OSError)) as error:
+        load(folder)
+    said = str(error.value)
+    assert "\n" not in said and name in said and str(folder) in said, said
+    return said
+
+
+def edited(checkpoint: Path, name: str, changes: dict) -> bytes:
+    """A JSON file with other values at dotted places; `...` takes one away."""
+    content = json.loads((checkpoint / name).read_text())
+    for place, value in changes.items():
+        *path, last = place.split(".")
+        inner = content
+        for key in path:
+            inner = inner[key]
+        if value is ...:
+            del inner[last]
+        else:
+            inner[last] = value
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize("way", BROKEN)
+@pytest.mark.parametrize("name", [CONFIG, GENERATION, PROCESSOR, TOKENIZER, SETTINGS])
+def test_a_broken_json_file(name, way, checkpoint, tmp_path):
+    change, message = BROKEN[way]
+    folder = spoilt(checkpoint, tmp_path, name, change((checkpoint / name).read_bytes()))
+    assert message in refusal(LOADERS.get(name, UGroundProcessor.from_pretrained), folder, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float99"}, "dtype must be a dtype of PyTorch, such as float32, got 'float99'"),
+        ({"dtype": "nn"}, "dtype must be a dtype of PyTorch, such as float32, got 'nn'"),
+        ({"lmm_config.dtype": 5}, "lmm_config.dtype must be a dtype of PyTorch, such as float32, got 5"),
+        ({"lmm_config": ...}, "must describe the model in lmm_config and sam_config, got lmm_config None"),
+        ({"lmm_config": {}}, "got lmm_config {}"),
+        ({"sam_config": "sam"}, "got sam_config 'sam'"),
+        ({"lmm_config.model_type": "nonesuch"}, "model_type that transformers knows, got 'nonesuch'"),
+        ({"lmm_config.text_config": ...}, "lmm_config must describe its text_config, got None"),
+        ({"lmm_config.vision_config": {}}, "lmm_config must describe its vision_config, got {}"),
+        ({"lmm_config.text_config.hidden_size": "16"}, "expected int, got str"),
+        ({"lmm_config.text_config.num_attention_heads": 0}, "modulo by zero"),
+        ({"num_layer_samples": "8"}, "num_layer_samples must be of type int, got '8'"),
+        ({"segment_token_id": 3.5}, "segment_token_id must be of type int | None, got 3.5"),
+        ({"prompts": None}, "prompts must be of type"),
+        ({"layer_selection": 1.5}, "layer_selection must be of type str | int, got 1.5"),
+        ({"initializer_range": "x"}, "initializer_range must be of type float, got 'x'"),
+        ({"id2label": 5}, "cannot be used"),
+    ],
+)
+def test_a_config_of_other_values(changes, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
+    for load in (UGroundConfig.from_pretrained, UGroundForReferringSegmentation.from_pretrained):
+        assert message in refusal(load, folder, CONFIG)
+
+
+def test_a_float_may_be_written_as_a_whole_number(checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, {"policy_ema_decay": 0}))
+    assert UGroundConfig.from_pretrained(folder).policy_ema_decay == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lmm_config.text_config.hidden_size": 10**30}, "but the weights have"),
+        ({"lmm_config.text_config.vocab_size": 10**12}, "shape (1000000000000, 16), but the weights have"),
+        ({"lmm_config.text_config.num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, but the weights hold"),
+        ({"lmm_config.text_config.vocab_size": -5}, "no model can be built of the config.json of"),
+        ({"lmm_config.text_config.hidden_act": "nonesuch"}, "no model can be built of the config.json of"),
+        ({"lmm_config.vision_config.patch_size": 0}, "no model can be built of the config.json of"),
+    ],
+)
+def test_a_config_that_no_model_can_be_built_of(changes, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
+    assert message in refusal(UGroundForReferringSegmentation.from_pretrained, folder, CONFIG)
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", b"no weights", b"\xff" * 100, "cut"], ids=repr)
+def test_weights_that_are_none(content, checkpoint, tmp_path):
+    content = (checkpoint / WEIGHTS).read_bytes()[:100_000] if content == "cut" else content
+    folder = spoilt(checkpoint, tmp_path, WEIGHTS, content)
+    assert "cannot be read" in refusal(UGroundForReferringSegmentation.from_pretrained, folder, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"weight_map": {"a": "model-1.safetensors"}}', "metadata must be an object, got None"),
+        (b'{"metadata": [], "weight_map": {"a": "model-1.safetensors"}}', "metadata must be an object, got []"),
+        (b'{"metadata": {}, "weight_map": {}}', "weight_map must be an object, got {}"),
+        (
+            b'{"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}',
+            "names model-1.safetensors, which",
+        ),
+        (POINTER, "pointer of Git LFS"),
+        (b'{"metadata": {}, "wei', "is no index of weights"),
+    ],
+)
+def test_an_index_that_is_none(content, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, INDEX, content)
+    (folder / WEIGHTS).unlink()
+    assert message in refusal(UGroundForReferringSegmentation.from_pretrained, folder, INDEX)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id must be the id of a token, or a list of them, got '</s>'"),
+        ({"suppress_tokens": [1, None]}, "suppress_tokens must be the id of a token"),
+        ({"max_new_tokens": "many"}, "max_new_tokens must be a whole number of at least 1, got 'many'"),
+        ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0"),
+        ({"cache_implementation": "nonesuch"}, "cannot be used"),
+    ],
+)
+def test_generation_settings_of_other_values(changes, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, GENERATION, edited(checkpoint, GENERATION, changes))
+    assert message in refusal(UGroundForReferringSegmentation.from_pretrained, folder, GENERATION)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (PROCESSOR, {"image_processor": None}, "must have the keys image_processor"),
+        (PROCESSOR, {"image_processor.size": {"longest_edge": -32}}, "must have the same side in 1.."),
+        (PROCESSOR, {"image_processor.size": {"longest_edge": 10**9}}, "must have the same side in 1.."),
+        (PROCESSOR, {"sam_image_processor.pad_size": None}, "must have the same side in 1.."),
+        (PROCESSOR, {"image_processor.image_mean": [1.0, 2.0]}, "image_mean of image_processor must be three numbers"),
+        (PROCESSOR, {"image_processor.image_std": [0, 0, 0]}, "image_std of image_processor must be positive"),
+        (PROCESSOR, {"image_processor.do_rescale": "maybe"}, "do_rescale of image_processor must be true or false"),
+        (PROCESSOR, {"patch_size": "8"}, "patch_size must be a whole number of at least 1, got '8'"),
+        (PROCESSOR, {"patch_size": 0}, "patch_size must be a whole number of at least 1, got 0"),
+        (PROCESSOR, {"segment_token": None}, "segment_token must be a text, got None"),
+        (SETTINGS, {"model_max_length": "long"}, "model_max_length must be a number of at least 1, got 'long'"),
+        (SETTINGS, {"model_max_length": -1}, "model_max_length must be a number of at least 1, got -1"),
+        (SETTINGS, {"pad_token": ...}, "must have a pad_token, got one without"),
+        (SETTINGS, {"pad_token": 5}, "has to be either str or AddedToken"),
+        (SETTINGS, {"padding_side": "up"}, "up"),
+        (TOKENIZER, {"model.type": "Nonesuch"}, "is no tokenizer"),
+        (TOKENIZER, {"model.vocab": {}}, "Missing [UNK] token"),
+        (TOKENIZER, {"version": "9"}, "Unknown tokenizer version '9'"),
+        (TOKENIZER, {"added_tokens": []}, "must read [SEG] as exactly one id"),
+    ],
+)
+def test_a_processor_of_other_values(name, changes, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, name, edited(checkpoint, name, changes))
+    assert message in refusal(UGroundProcessor.from_pretrained, folder, name)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "chat_template.json"])
+@pytest.mark.parametrize("content", [POINTER, b'{"pad', b"[]", b"null"], ids=repr)
+def test_files_of_older_processors(name, content, checkpoint, tmp_path):
+    refusal(UGroundProcessor.from_pretrained, spoilt(checkpoint, tmp_path, name, content), name)
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", b"\xff\xfe", b"{{ no.such.thing }}", "cut"], ids=repr)
+def test_a_chat_template_that_is_none(content, checkpoint, tmp_path):
+    content = (checkpoint / TEMPLATE).read_bytes()[:200] if content == "cut" else content
+    refusal(UGroundProcessor.from_pretrained, spoilt(checkpoint, tmp_path, TEMPLATE, content), TEMPLATE)
+
+
+@pytest.mark.parametrize("text", ["hello ", "{{ messages[0]['content'][1]['text'] }} ASSISTANT :"])
+def test_a_chat_template_that_lacks_what_a_prompt_needs(text, checkpoint, tmp_path):
+    """As one may that was cut between two of its statements."""
+    folder = spoilt(checkpoint, tmp_path, TEMPLATE, text.encode())
+    refusal(load_processor, folder, TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (CONFIG, {"segment_token_id": 5}, "says segment_token_id 5, the tokenizer has [SEG] as number 38"),
+        (CONFIG, {"segment_token_id": 10**6}, "says segment_token_id 1000000, the tokenizer has [SEG] as number 38"),
+        (CONFIG, {"segment_token_id": -1}, "says segment_token_id -1, the tokenizer has [SEG] as number 38"),
+        (CONFIG, {"reject_token_id": 38}, "says reject_token_id 38, the tokenizer has [REJ] as number 37"),
+        (CONFIG, {"lmm_config.image_token_index": 7}, "says image_token_id 7, the tokenizer has <image> as number 39"),
+        (
+            PROCESSOR,
+            {"patch_size": 4},
+            "the side of patch_size is 4 pixels in processor_config.json and 8 in",
+        ),
+        (
+            PROCESSOR,
+            {"image_processor.size": {"longest_edge": 64}, "image_processor.pad_size": {"height": 64, "width": 64}},
+            "the side of image_processor is 64 pixels in processor_config.json and 32 in config.json",
+        ),
+    ],
+)
+def test_a_model_and_a_processor_that_do_not_belong_together(name, changes, message, checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, name, edited(checkpoint, name, changes))
+    assert message in refusal(load_processor, folder, name)
+
+
+def test_ids_are_held_against_the_vocabulary(checkpoint, tmp_path):
+    changes = {"lmm_config.text_config.vocab_size": 38}
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
+    assert "the vocabulary of the model has 38 tokens" in refusal(load_processor, folder, CONFIG)
+
+
+def test_a_command_says_it_in_one_line(checkpoint, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.fromarray(gradient_image(30, 50)).save(image)
+    (tmp_path / "model").mkdir()
+    folder = spoilt(checkpoint, tmp_path / "model", WEIGHTS, POINTER)
+    assert command.main([str(image), "the cup", "--model", str(folder)]) == 2
+    reason = "it is a pointer of Git LFS, fetch the file itself with `git lfs pull`"
+    printed = capsys.readouterr().err
+    assert printed == f"uground: error: the weights in {folder / WEIGHTS} cannot be read: {reason}\n"
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    """An adapter of the checkpoint, and the model that it was trained as."""
+    adapted = write_adapter(tmp_path / "adapter", UGroundForReferringSegmentation.from_pretrained(checkpoint))
+    return tmp_path / "adapter", adapted
+
+
+def test_the_folder_of_an_adapter_is_opened_as_its_base_with_the_adapter(adapter, checkpoint):
+    folder, adapted = adapter
+    assert load_processor(folder).segment_token_id == 38
+    inputs = tiny_inputs(ROWS)
+    with torch.no_grad():
+        found, expected = load_model(folder)(**inputs), adapted(**inputs)
+        base = load_model(checkpoint)(**inputs)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits)
+    assert (base.mask_logits - expected.mask_logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": "/no/where"}, "whose base '/no/where' cannot be opened"),
+        ({"base_model_name_or_path": None}, "must name the base of its adapter in base_model_name_or_path, got None"),
+        ({"peft_type": ...}, "peft_type must be a name, got None"),
+    ],
+)
+def test_an_adapter_without_its_base(changes, message, adapter):
+    folder, _ = adapter
+    (folder / "adapter_config.json").write_bytes(edited(folder, "adapter_config.json", changes))
+    with pytest.raises((OSError, ValueError)) as error:
+        load_processor(folder)
+    assert message in str(error.value) and str(folder) in str(error.value)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter):
+    folder, _ = adapter
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: torch.zeros(1) for name in weights}, path)
+    with pytest.raises(ValueError, match="the adapter in .* does not fit its base"):
+        load_model(folder)
+    path.write_bytes(POINTER)
+    with pytest.raises(OSError, match="adapter_model.safetensors cannot be read: it is a pointer of Git LFS"):
+        load_model(folder)
+
+
+def test_saved_weights_can_be_read_by_those_who_can_read_the_rest(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            tiny_model().save_pretrained(tmp_path / oct(mask))
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / oct(mask)).iterdir()}
+        assert set(modes.values()) == {mode}, modes
