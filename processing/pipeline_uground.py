@@ -116,6 +116,7 @@ class ReferringSegmentationPipeline(Pipeline):
             )
         given = {name: value for name, value in kwargs.items() if value is not None}
         _check_values(given)
+        self.model._resolve_selection(given.get("layer_selection"), given.get("num_layer_samples"))
         forward = {name: given[name] for name in FORWARD_ARGUMENTS if name in given}
         forward.update(given.get("generate_kwargs", {}))
         return {}, forward, {name: given[name] for name in POSTPROCESS_ARGUMENTS if name in given}

@@ -213,10 +213,11 @@ def _sizes_per_query(original_sizes, target_sizes, image_index: list[int]) -> li
     """Height and width of the masks of each query."""
     if target_sizes is None:
         return [_pair(original_sizes[image]) for image in image_index]
-    if len(target_sizes) == len(original_sizes):
-        return [_pair(target_sizes[image]) for image in image_index]
-    if len(target_sizes) == len(image_index):
-        return [_pair(size) for size in target_sizes]
+    if len(target_sizes) in (len(original_sizes), len(image_index)):
+        sizes = [_pair(size) for size in target_sizes]
+        if any(side < 1 for size in sizes for side in size):
+            raise ValueError(f"target_sizes must be heights and widths of at least 1, got {sizes}")
+        return [sizes[image] for image in image_index] if len(sizes) == len(original_sizes) else sizes
     raise ValueError(
         f"target_sizes must hold one size per image ({len(original_sizes)}) or per query ({len(image_index)}), "
         f"got {len(target_sizes)}"

@@ -9,7 +9,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
-from .processor_options import CallOptions, read_options, take_image_options
+from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
 from .prompt_pieces import (
     ASSISTANT,
@@ -126,7 +126,7 @@ class UGroundProcessor(ProcessorMixin):
                 f"keys image_processor and sam_image_processor, got {sorted(processor_dict or {})}"
             )
         changed = take_image_options(kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in changed}
+        kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_OPTIONS}
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
         return [*(SamImageProcessorPil(**{**setting, **changed}) for setting in settings), tokenizer]
 

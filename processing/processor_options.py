@@ -34,6 +34,7 @@ TEXT_OPTIONS = (
 PASSED_OVER = ("return_text_replacement_offsets",)
 # It hands these on as well, `None` where there are none.
 OTHER_INPUTS = ("videos", "audio")
+CHANNELS = 3
 COMMON = "common_kwargs"
 GROUPS = {
     "text_kwargs": TEXT_OPTIONS,
@@ -107,8 +108,7 @@ def read_options(given: dict) -> CallOptions:
             raise ValueError(f"{twice[0]} must be given once, got it twice, as a keyword and in {group}")
         # What is common to texts and images gives way to what is said of either.
         flat = grouped | flat
-    images = {name: flat.pop(name) for name in IMAGE_OPTIONS if flat.get(name) is not None}
-    check_image_options(images)
+    images = _image_options({name: flat.pop(name) for name in IMAGE_OPTIONS if name in flat})
     flat = {name: value for name, value in flat.items() if value is not None or name == "return_tensors"}
     for name, value in flat.items():
         if name in ALLOWED:
@@ -129,28 +129,29 @@ def take_image_options(given: dict) -> dict:
         ValueError: a value is none that it may have, or would change what pixels a frame holds.
     """
     _refuse_frame(given)
-    images = {name: given[name] for name in IMAGE_OPTIONS if name in given}
-    check_image_options(images)
-    return images
+    return _image_options({name: given[name] for name in IMAGE_OPTIONS if name in given})
 
 
-def check_image_options(options: dict) -> None:
-    """Raise a `ValueError` where a keyword for image processors has a value that none may have."""
+def _image_options(given: dict) -> dict:
+    """Keywords for image processors as these take them, `None` left out; refuses values that none may have."""
+    options = {name: value for name, value in given.items() if value is not None}
     for name, value in options.items():
         if name.startswith("do_"):
             check_one_of(name, value, (True, False))
         elif name in ("image_mean", "image_std"):
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if len(values) not in (1, 3):
-                raise ValueError(f"{name} must be one number or one per channel, 3, got {len(values)}")
+            values = value if isinstance(value, (list, tuple)) else [value] * CHANNELS
+            if len(values) != CHANNELS:
+                raise ValueError(f"{name} must be one number or one per channel, {CHANNELS}, got {len(values)}")
             for number in values:
                 check_number(name, number)
             if name == "image_std" and 0 in values:
                 raise ValueError(f"image_std must not be 0, as pixels are divided by it, got {value!r}")
+            options[name] = [float(number) for number in values]
         elif name == "resample":
             check_one_of(name, value, tuple(Image.Resampling))
         else:
             check_number(name, value)
+    return options
 
 
 def _refuse_unknown(given: dict, known: tuple[str, ...], place: str) -> None:

@@ -159,11 +159,15 @@ def test_earlier_turns_are_learnt_and_keep_their_masks():
         GroundingCollator(processor, 32)([{**talk, "masks": talk["masks"][:2]}])
 
 
+# A whole prompt with an earlier answer whose mask is not there.
+ANSWERED = "USER : <image> a cup ASSISTANT : it is [SEG]</s> USER : the tree ASSISTANT :"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"answer": "it is [REJ] ."}, r"simple-0: the answer 'it is \[REJ\] .' holds 0 \[SEG\], expected one for"),
-        ({"query": "[SEG] the cup"}, r"simple-0: prompt and answer hold 2 \[SEG\] tokens, expected 1"),
+        ({"query": ANSWERED}, r"simple-0: prompt and answer hold 2 \[SEG\] tokens, expected 1"),
         ({"masks": [rle(corner((16, 16)))]}, r"simple-0: a mask has size \(16, 16\), expected that of the image"),
         ({"ignore": rle(corner((8, 8)))}, r"simple-0: a mask has size \(8, 8\), expected that of the image"),
     ],

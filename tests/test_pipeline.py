@@ -1,12 +1,15 @@
 """The pipeline: nesting, batching, arguments and refusals, on a tiny random model told what to write."""
 
+import copy
+import pickle
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model
-from tiny_processor import gradient_image, tiny_processor, write
+from tiny_processor import gradient_image, tiny_processor, tiny_tokenizer, write
 from torch.utils.data import Dataset, IterableDataset
 from transformers import pipeline
 
@@ -184,6 +187,97 @@ def test_unknown_arguments_are_refused(pipe):
         pipe(gradient_image(8, 8), "a tree", max_tokens=3, top=1)
     with pytest.raises(TypeError, match="does not know treshold"):
         ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, treshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"threshold": 3}, "threshold must be a number within 0..1, got 3"),
+        ({"threshold": -0.1}, "threshold must be a number within 0..1, got -0.1"),
+        ({"threshold": float("nan")}, "threshold must be a number within 0..1, got nan"),
+        ({"threshold": True}, "threshold must be a number within 0..1, got True"),
+        ({"reject_threshold": "high"}, "reject_threshold must be a number within 0..1, got 'high'"),
+        ({"reject_threshold": 1.5}, "reject_threshold must be a number within 0..1, got 1.5"),
+        ({"mask_threshold": "0"}, "mask_threshold must be a number, got '0'"),
+        ({"mask_threshold": float("inf")}, "mask_threshold must be a number, got inf"),
+        ({"return_similarity": 1}, "return_similarity must be one of True, False, got 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number of at least 1, got 2.0"),
+        ({"max_rows": -1}, "max_rows must be a whole number of at least 1, got -1"),
+        ({"num_layer_samples": 1.5}, "num_layer_samples must be a whole number of at least 1, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"batch_size": "2"}, "batch_size must be a whole number of at least 1, got '2'"),
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0, got -1"),
+        ({"layer_selection": "best"}, "layer_selection must be one of"),
+        ({"layer_selection": 99}, "layer_selection must lie in 0..4 for this model, got 99"),
+        ({"layer_selection": 1.0}, "layer_selection must be one of .* or a layer number, got 1.0"),
+        ({"generate_kwargs": ["x"]}, "generate_kwargs must be a dictionary, got list"),
+    ],
+)
+def test_arguments_of_no_sense_are_refused_when_made_and_when_asked(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, **given)
+    with pytest.raises(ValueError, match=message):
+        pipe([{"image": gradient_image(8, 8), "text": "a tree"}], **given)
+
+
+def test_none_is_the_default(pipe):
+    image, names = (
+        gradient_image(30, 50),
+        ("threshold", "mask_threshold", "reject_threshold", "batch_size", "max_rows"),
+    )
+    assert_same(ask(pipe, image, "a tree", **dict.fromkeys(names)), ask(pipe, image, "a tree"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "message"),
+    [
+        ("segment_token_id", 5, "for segment_token_id the config says 5, the tokenizer 38, and the vocabulary has 40"),
+        ("reject_token_id", 6, "for reject_token_id the config says 6, the tokenizer 37, and the vocabulary"),
+        ("segment_token_id", None, "for segment_token_id the config says None, the tokenizer 38"),
+    ],
+)
+def test_a_processor_of_other_tokens_is_refused(pipe, name, said, message):
+    model = tiny_model()
+    model.config.__dict__[name] = said
+    with pytest.raises(ValueError, match=message):
+        ReferringSegmentationPipeline(model=model, processor=pipe.processor, device=-1)
+    with pytest.raises(ValueError, match=message):
+        model.image_session(gradient_image(8, 8), pipe.processor)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(pipe):
+    tokenizer = tiny_tokenizer(("[REJ]",))
+    tokenizer.add_tokens([f"more{number}" for number in range(60)])
+    tokenizer.add_tokens(["[SEG]"])
+    model = tiny_model()
+    model.config.__dict__["segment_token_id"] = tokenizer.convert_tokens_to_ids("[SEG]")
+    with pytest.raises(ValueError, match="the config says 99, the tokenizer 99, and the vocabulary has 40"):
+        ReferringSegmentationPipeline(model=model, processor=tiny_processor(tokenizer), device=-1)
+
+
+def test_a_model_without_a_reject_token_takes_a_tokenizer_with_one(pipe):
+    model = tiny_model()
+    model.config.__dict__["reject_token_id"] = None
+    ReferringSegmentationPipeline(model=model, processor=pipe.processor, device=-1)
+
+
+def test_a_used_pipeline_is_pickled_and_copied(pipe):
+    image = gradient_image(30, 50)
+    expected = ask(pipe, image, ["the red cup", "[SEG] a tree"])
+    for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe), pipe):
+        for one, result in zip(ask(other, image, ["the red cup", "[SEG] a tree"]), expected, strict=True):
+            assert_same(one, result)
+    model = pickle.loads(pickle.dumps(pipe.model))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in pipe.model.state_dict().items())
+
+
+def test_half_a_character_is_named_in_a_stream(pipe):
+    items = [{"image": gradient_image(8, 8), "text": text} for text in ("a tree", "half \ud83d", "a tree")]
+    stream = ask(pipe, iter(items))
+    next(stream)
+    with pytest.raises(ValueError, match=r"a query must hold whole characters, got the half '\\ud83d'"):
+        next(stream)
 
 
 def test_unusable_inputs_are_refused(pipe):

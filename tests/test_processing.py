@@ -2,7 +2,9 @@
 
 import base64
 import functools
+import struct
 import threading
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -328,9 +330,63 @@ def test_missing_unreadable_and_truncated_files_are_named(processor, tmp_path):
             processor(Image.open(cut), "a")
 
 
+class Broken(Image.Image):
+    """An image whose decoder fails when its pixels are asked for, as Pillow's formats do in their own ways."""
+
+    filename = "broken.avif"
+
+    def __init__(self, error):
+        super().__init__()
+        self._size, self._mode, self._error = (8, 8), "RGB", error
+
+    def load(self):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to decode frame 0"),
+        SyntaxError("broken PNG file"),
+        struct.error("unpack requires a buffer of 4 bytes"),
+        EOFError("no more images"),
+        ValueError("bad value"),
+        MemoryError(),
+        zlib.error("Error -3 while decompressing"),
+        OverflowError("too large to convert"),
+        IndexError("index out of range"),
+        KeyError("mode"),
+        TypeError("an integer is required"),
+    ],
+)
+def test_whatever_a_decoder_raises_names_the_image(processor, tmp_path, monkeypatch, error):
+    path = tmp_path / "broken.avif"
+    path.write_bytes(b"anything")
+    monkeypatch.setattr(image_reading.Image, "open", lambda _: Broken(error))
+    for given in (path, str(path), Broken(error)):
+        with pytest.raises(OSError, match=r"the image '.*broken.avif' cannot be read: \S") as caught:
+            processor(given, "a")
+        assert "\n" not in str(caught.value) and not str(caught.value).endswith(".")
+
+
+def test_picture_bombs_and_names_too_long_are_refused(processor, tmp_path, monkeypatch):
+    Image.fromarray(gradient_image(40, 40)).save(tmp_path / "bomb.png")
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
+        processor("iVBORw0KGgo" * 1000, "a")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"bomb.png' is too large: Image size \(1600 pixels\) exceeds limit"):
+        processor(tmp_path / "bomb.png", "a")
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        (np.full((4, 4), "x"), "must hold real numbers, got <U1"),
+        (np.full((4, 4), 1j), "must hold real numbers, got complex128"),
+        (np.full((4, 4), None), "must hold real numbers, got object"),
+        (torch.zeros(4, 4, dtype=torch.complex64), "a dense tensor of real numbers, got one of torch.complex64"),
+        (torch.zeros(4, 4, device="meta"), "a dense tensor of real numbers"),
+        (torch.eye(4).to_sparse(), "a dense tensor of real numbers, got one of torch.float32, torch.sparse_coo"),
         (np.full((4, 4, 3), 2.0), r"float64 values within 0..1, got 2..2"),
         (np.full((4, 4, 3), np.nan), r"float64 values within 0..1, got nan..nan"),
         (np.full((4, 4), 300), r"int64 values within 0..255, got 300..300"),
@@ -400,10 +456,3 @@ def test_too_long_query_is_refused_and_nothing_is_cut(processor):
 def test_image_token_in_a_plain_query_is_refused(processor):
     with pytest.raises(ValueError, match="text 1 holds <image>, so it must be a whole prompt"):
         processor(gradient_image(4, 4), "<image> the red cup")
-
-
-def test_unknown_arguments_and_modes_are_refused(processor):
-    with pytest.raises(TypeError, match="truncation"):
-        processor(gradient_image(4, 4), "a", truncation=True)
-    with pytest.raises(ValueError, match="padding must be True, got 'max_length'"):
-        processor(gradient_image(4, 4), "a", padding="max_length")
