@@ -3,6 +3,8 @@
 import functools
 import json
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -66,6 +68,19 @@ def read_json_object(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+@contextmanager
+def names_config(path: str | Path) -> Iterator[None]:
+    """While a configuration is made of a file: whatever its values lead to is a `ValueError` that names it."""
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # transformers raises whatever a value of another type leads it to
+        if isinstance(error, (OSError, ValueError)) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be used ({reason_of(error)})") from error
 
 
 def check_config_fields(content: dict, hints: dict[str, object]) -> None:
@@ -330,6 +345,7 @@ __all__ = [
     "check_generation_config",
     "check_model_files",
     "is_inside",
+    "names_config",
     "own_hints",
     "read_adapter_config",
     "read_json_object",
