@@ -270,7 +270,7 @@ def test_a_command_says_it_in_one_line(checkpoint, tmp_path, capsys):
     assert command.main([str(image), "the cup", "--model", str(folder)]) == 2
     reason = "it is a pointer of Git LFS, fetch the file itself with `git lfs pull`"
     printed = capsys.readouterr().err
-    assert printed == f"uground: error: the weights in {folder / WEIGHTS} cannot be read: {reason}\n"
+    assert printed == f"uground: error: the weights in {folder} cannot be read: {WEIGHTS}: {reason}\n"
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
     with pytest.raises(ValueError, match="the adapter in .* does not fit its base"):
         load_model(folder)
     path.write_bytes(POINTER)
-    with pytest.raises(OSError, match="adapter_model.safetensors cannot be read: it is a pointer of Git LFS"):
+    with pytest.raises(OSError, match="adapter_model.safetensors: it is a pointer of Git LFS"):
         load_model(folder)
 
 
