@@ -12,7 +12,7 @@ import argparse
 import json
 
 import torch
-from transformers import set_seed
+from accelerate.utils import set_seed
 
 from uground import UGroundForReferringSegmentation, UGroundProcessor, tiny_checkpoint
 from uground.training.scenes import scenes
