@@ -36,7 +36,7 @@ def measure(model, processor, split: str, count: int) -> list[dict]:
         batch = examples[start : start + BATCH]
         inputs = processor([example["image"] for example in batch], [example["query"] for example in batch])
         images = model.get_image_embeddings(**inputs)
-        text = (inputs["input_ids"], inputs["attention_mask"], inputs["image_index"])
+        text = (inputs["input_ids"], inputs["attention_mask"], inputs.get("image_index"))
         answers = model.write_answers(*text, images, max_new_tokens=32)
         rows = [{"there": bool(example["masks"])} for example in batch]
         for layer in LAYERS:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
+from .attention_parts import attention_of_parts
 from .known_names import nearest_name
 
 logger = logging.get_logger(__name__)
@@ -170,6 +171,15 @@ class UGroundConfig(PreTrainedConfig):
         # What was loaded from a repository names that repository here; the copy has its own.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return PreTrainedConfig._attn_implementation.fget(self)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        # Every way of loading a model with an `attn_implementation` ends here.
+        PreTrainedConfig._attn_implementation.fset(self, attention_of_parts(value))
 
     @property
     def num_layers(self) -> int:

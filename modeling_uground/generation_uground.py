@@ -20,7 +20,7 @@ class WrittenAnswers:
     What [`SegmentGenerationMixin.write_answers`] keeps of B rows with N segment tokens.
 
     Attributes:
-        sequences, prompt_length, finished, token_scores, image_index: as in [`UGroundSegmentation`].
+        sequences, prompt_length, token_scores, image_index: as in [`UGroundSegmentation`].
         rows (`(N,)`): row of each segment token.
         segment_states (`(N, L+1, D)`): layer states that predicted the segment tokens.
         prompt_states: L+1 tensors `(G, …, D)` that hold the image tokens of every row.
@@ -28,11 +28,11 @@ class WrittenAnswers:
         images: the encoded images.
         state_rows (`(B,)`, *optional*): where rows share a prefix, the row of `prompt_states` that holds the image
             tokens of each; otherwise G = B, and each row holds its own.
+        finished (*optional*): as in [`UGroundSegmentation`]; `None` for answers that were not written here.
     """
 
     sequences: torch.Tensor
     prompt_length: int
-    finished: torch.Tensor
     rows: torch.Tensor
     token_scores: torch.Tensor
     segment_states: torch.Tensor
@@ -41,6 +41,7 @@ class WrittenAnswers:
     images: UGroundImageEmbeddings
     image_index: torch.Tensor
     state_rows: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
 
 
 class SegmentGenerationMixin(GenerationMixin):
@@ -53,7 +54,7 @@ class SegmentGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -62,24 +63,32 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         image_embeddings=None,
+        inputs: torch.Tensor | None = None,
         **generate_kwargs,
     ):
         """
         Write the answers only, as the LMM's own `generate` does; see [`segment`] for masks.
 
+        Args:
+            input_ids, …, image_embeddings: as in [`segment`].
+            inputs (*optional*): what transformers' `generate` calls `input_ids`.
+            generate_kwargs: whatever else `generate` takes.
+
         Returns:
             `(B, T)` sequences, or a `GenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: padding on the right, or weights that give NaN.
+            ValueError: padding on the right, prompts given twice or not at all, or weights that give NaN.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError(f"generate takes either input_ids or inputs, got {'none' if inputs is None else 'both'}")
+        input_ids = inputs if input_ids is None else input_ids
         refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, _ = self._prepare_lmm(input_ids, attention_mask, images, image_index)
         return self.lmm.generate(**lmm_inputs, generation_config=settings, **others)
 
@@ -125,13 +134,11 @@ class SegmentGenerationMixin(GenerationMixin):
         """
         refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
         parts, is_split = [], len(input_ids) > max_rows
         for rows in torch.arange(len(input_ids)).split(max_rows):
             text = (input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows])

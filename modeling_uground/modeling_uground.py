@@ -6,9 +6,11 @@ The parts lie in their own files; this one says how they follow one another.
 import torch
 from transformers import AutoModelForImageTextToText
 
+from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
+from .image_rows import check_images, check_queries, resolve_image_index
 from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
 from .library_compat import CACHE_NAME
 from .lmm_access import (
@@ -127,6 +129,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         sam_pixel_values: torch.Tensor,
         sam_valid_sizes: torch.Tensor,
         original_sizes: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
         **queries,
     ) -> UGroundImageEmbeddings:
         """
@@ -134,13 +138,18 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
         Args:
             pixel_values (`(I, 3, h, w)`), valid_sizes (`(I, 2)`), sam_pixel_values (`(I, 3, S, S)`),
-            sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them. What else the
-            processor returned may be passed along and is not read.
+            sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them.
+            input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
+            the processor returned may be passed along and is not read.
 
         Raises:
+            ValueError: the sizes do not fit together, or no query asks about one of the images.
             UnknownKeywordError: a keyword is none of these, a `TypeError` and `ValueError`.
         """
         refuse_unknown(self.get_image_embeddings, queries, QUERY_INPUTS)
+        check_images(pixel_values, sam_pixel_values, valid_sizes, sam_valid_sizes, original_sizes)
+        if input_ids is not None:
+            check_queries(input_ids, image_index, len(pixel_values))
         lmm_vision = self.config.lmm_config.vision_config
         token_valid = token_validity(valid_sizes, self.config.token_grid_hw, lmm_vision.patch_size)
         return UGroundImageEmbeddings(
@@ -203,10 +212,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
         outputs = self.lmm(
             **lmm_inputs,
@@ -375,35 +382,31 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             raise ValueError("config.segment_token_id is not set: this model does not know its [SEG] token")
         return self.config.segment_token_id
 
-    def _resolve_images(self, image_embeddings, *image_inputs) -> UGroundImageEmbeddings:
-        """Encode the image inputs, unless they were encoded before."""
-        if image_embeddings is not None:
-            return image_embeddings
-        if any(value is None for value in image_inputs):
+    def _resolve_images(self, rows, image_embeddings, image_inputs) -> tuple[UGroundImageEmbeddings, torch.Tensor]:
+        """
+        Encode the image inputs, which must be those of the rows, unless they were encoded before; and say which image
+        each row asks about.
+        """
+        input_ids, image_index = rows
+        if image_embeddings is None and any(value is None for value in image_inputs):
             raise ValueError(
                 "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and "
                 "original_sizes"
             )
-        return self.get_image_embeddings(*image_inputs)
+        if image_embeddings is None:
+            image_embeddings = self.get_image_embeddings(*image_inputs, input_ids=input_ids, image_index=image_index)
+        images = len(image_embeddings.lmm_features)
+        return image_embeddings, self._resolve_image_index(image_index, len(input_ids), images)
 
-    @staticmethod
-    def _resolve_image_index(image_index, num_rows: int, num_images: int) -> torch.Tensor:
-        """One image per row in order, or one image for all rows, unless the caller says which."""
-        if image_index is None:
-            if num_images not in (1, num_rows):
-                raise ValueError(f"image_index is needed: {num_rows} rows ask about {num_images} images")
-            return torch.arange(num_rows) if num_images == num_rows else torch.zeros(num_rows, dtype=torch.long)
-        if len(image_index) != num_rows or (num_rows and not 0 <= image_index.min() <= image_index.max() < num_images):
-            raise ValueError(
-                f"image_index must name one of {num_images} images for each of {num_rows} rows, "
-                f"got {image_index.tolist()}"
-            )
-        return image_index
+    _resolve_image_index = staticmethod(resolve_image_index)
 
     def _prepare_lmm(self, input_ids, attention_mask, images: UGroundImageEmbeddings, image_index, position_ids=None):
         """Arguments of the LMM, and the columns of its image tokens `(B, n)`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attention_mask.dim() == 3 and is_flash(attention):
+            raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
         positions = image_token_positions(input_ids, self.config.image_token_id, images.lmm_features.shape[1])
         inputs = prepare_lmm_inputs(
             input_ids,

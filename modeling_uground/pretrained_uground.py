@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .attention_parts import attention_of_parts
 from .call_arguments import with_answer_length
 from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
@@ -17,6 +18,9 @@ from .weight_kinds import dtypes_of, stored_dtypes, wrong_kinds
 
 # Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
 UNQUANTIZED = ("mask_decoder", "layer_policy", "segment_projection", "similarity_scaling", "lm_head")
+# Where transformers keeps the hooks that collect hidden states, and how a model says that it has them.
+CAPTURING_MODULE = "transformers.utils.output_capturing"
+CAPTURING_FLAG = "_output_capturing_hooks_installed"
 
 
 class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
@@ -45,6 +49,18 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
             init.zeros_(module.reward_updates)
         elif isinstance(module, SimilarityScaling) and module.bias is not None:
             init.zeros_(module.bias)
+
+    def __getstate__(self) -> dict:
+        """
+        What is pickled. The hooks that transformers puts on in a first pass are functions within a function, which no
+        pickle takes: they come off here, and the next pass puts them on anew.
+        """
+        for module in self.modules():
+            module.__dict__.pop(CAPTURING_FLAG, None)
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == CAPTURING_MODULE:
+                    del module._forward_hooks[key]
+        return self.__dict__.copy()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
@@ -84,6 +100,10 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         # Checkpoints of others, and ours of release 0.1.0, do not say how long an answer may become.
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
+        super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

@@ -92,6 +92,19 @@ def test_no_segments_are_an_ordinary_case(batch):
     assert iou_scores.shape == (0,)
 
 
+@torch.no_grad()
+def test_an_exported_decoder_takes_any_number_of_segments(batch):
+    decoder, segments = tiny_decoder(), torch.export.Dim("segments", max=64)
+    order = ("image_embeddings", "segment_image", "embedding_prompts", "mask_prompts")
+    shapes = ({}, *[{0: segments}] * 3)
+    program = torch.export.export(decoder, tuple(batch[name] for name in order), dynamic_shapes=shapes).module()
+    for count in (1, 3, 7):
+        image = torch.tensor([0, 1, 1, 0, 1, 0, 0])[:count]
+        tensors = (batch["image_embeddings"], image, random(count, 16, seed=3), random(count, 16, 16, seed=4))
+        for found, expected in zip(program(*tensors), decoder(*tensors), strict=True):
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 def test_half_precision_gives_float32_logits(batch):
     decoder = tiny_decoder().to(torch.bfloat16)
     frames = random(2, 3, 64, 64)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import REJECT_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
 from tiny_processor import tiny_processor
@@ -116,6 +116,32 @@ def test_what_is_trained_is_held_in_float32():
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert kinds == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+
+
+def test_adapters_for_causal_language_models_run(tmp_path):
+    """They pass every forward the names of transformers, wanted or not, and generate through the model."""
+    inputs = tiny_inputs([[5, 6, SEGMENT_TOKEN, 7], [8, SEGMENT_TOKEN, 9, SEGMENT_TOKEN]])
+    prompts = tiny_inputs([[5, 6], [7]])
+    plain = outputs_of(tiny_model())
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    output = model(**inputs, labels=inputs["input_ids"], layer_selection="argmax", output_hidden_states=True)
+    assert len(output.hidden_states) == 5 and output.mask_logits.shape == (3, 16, 16)
+    (output.loss + output.mask_logits.square().mean()).backward()
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name and "vision" not in name]
+    assert lora and all(parameter.grad.any() for parameter in lora)
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+    model.eval()
+    written = model.generate(**prompts, max_new_tokens=4)
+    assert torch.equal(model.segment(**prompts, max_new_tokens=4).sequences, written)
+    adapted_outputs = outputs_of(model)
+    assert (adapted_outputs["logits"] - plain["logits"]).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    for name, value in outputs_of(again).items():
+        torch.testing.assert_close(value, adapted_outputs[name], atol=1e-5, rtol=1e-4, msg=name)
+    with model.disable_adapter():
+        assert torch.equal(outputs_of(model)["logits"], plain["logits"])
 
 
 def test_layers_that_are_not_there_cannot_be_adapted():

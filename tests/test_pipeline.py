@@ -166,7 +166,7 @@ def test_call_arguments_reach_their_stage(pipe):
     assert last["segments"][0]["similarity_map"].shape == (3, 4)
     assert last["segments"][0]["similarity_map"].dtype == np.float32
     assert [segment["layer"] for segment in ask(pipe, image, "a tree", layer_selection=2)["segments"]] == [2, 2]
-    assert ask(pipe, image, "a tree", threshold=1.1)["segments"] == []
+    assert ask(pipe, image, "a tree", threshold=1.0)["segments"] == []
     everything = ask(pipe, image, "a tree", mask_threshold=-1e9)["segments"][0]["mask"]
     assert (np.asarray(everything) == 255).all()
     assert len(pipe(image, "a tree", max_new_tokens=2)["answer"].split()) <= 2
@@ -174,7 +174,7 @@ def test_call_arguments_reach_their_stage(pipe):
 
 
 def test_arguments_of_the_constructor_are_defaults(pipe):
-    strict = ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, threshold=1.1)
+    strict = ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, threshold=1.0)
     assert ask(strict, gradient_image(30, 50), "a tree")["segments"] == []
     assert len(ask(strict, gradient_image(30, 50), "a tree", threshold=0.0)["segments"]) == 2
 

@@ -96,7 +96,7 @@ class AnswerEvaluation:
         processor: a `UGroundProcessor`.
         collator: the [`GroundingCollator`], which knows how an example becomes a prompt.
         batch_size: items per pass.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer, `None` for what the model's `generation_config` says.
         overlays: how many answers to draw.
         layer_selection: the layers masks are read at, as for `segment`.
     """
@@ -104,7 +104,7 @@ class AnswerEvaluation:
     processor: object
     collator: object
     batch_size: int
-    max_new_tokens: int
+    max_new_tokens: int | None
     overlays: int
     layer_selection: str | int | None = None
 

@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
-from uground.processing.prompt_format import PromptFormat
+from uground.modeling_uground.image_rows import resolve_image_index
 
 IGNORED_LABEL = -100
 # Of a batch, what the trainer keeps to itself; the model takes the rest.
@@ -115,11 +115,12 @@ class GroundingCollator:
         """The query, or with earlier turns the whole conversation up to the answer."""
         if not example.get("history"):
             return example["query"]
-        return self.processor.apply_chat_template(_conversation(example), add_generation_prompt=True)
+        turns = [(turn["query"], turn["answer"]) for turn in example["history"]]
+        return self.processor.render_prompt(turns, example["query"], learn_answers=True)
 
     def _rows(self, batch: dict, examples) -> list[int]:
         """
-        Label earlier turns, cut what is too long, add the lone segment token, all of it in place.
+        Cut what is too long, add the lone segment token, all of it in place.
 
         Returns:
             How many segment tokens are left of each example.
@@ -137,8 +138,6 @@ class GroundingCollator:
                     f"example {example['id']}: prompt and answer hold {count} {self.processor.segment_token} tokens, "
                     f"expected {len(example['masks'])}"
                 )
-            if example.get("history"):
-                labels = self._label_history(ids, labels, example)
             ids, labels = ids[:limit], labels[:limit]
             if (labels == IGNORED_LABEL).all():
                 raise ValueError(
@@ -157,34 +156,6 @@ class GroundingCollator:
         batch["labels"] = torch.stack([_pad_left(labels, longest, IGNORED_LABEL) for _, labels in rows])
         batch["attention_mask"] = torch.stack([_pad_left(torch.ones_like(ids), longest, 0) for ids, _ in rows])
         return kept
-
-    def _label_history(self, ids: torch.Tensor, labels: torch.Tensor, example: dict) -> torch.Tensor:
-        """Labels `(T,)` of a whole conversation: its earlier answers and what closes them are learnt as well."""
-        form = PromptFormat.of(self.processor)
-        prompt = self.prompt(example)
-        text = prompt + form.before_answer + example["answer"].strip() + form.after_answer
-        bos = self.processor.tokenizer.bos_token
-        encoded = self.processor.tokenizer(
-            text,
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        extra = self.processor.num_image_tokens - 1
-        image = tokens.index(self.processor.image_token_id)
-        assert len(tokens) + extra == len(ids), "the same text must give the same tokens"
-        labels, place = labels.clone(), 0
-        for turn in example["history"]:
-            start = text.index(turn["answer"], text.index(turn["query"], place) + len(turn["query"]))
-            place = start + len(turn["answer"])
-            if text.startswith(form.after_answer, place):
-                place += len(form.after_answer)
-            for token, (begin, end) in enumerate(offsets):
-                if begin < place and end > start:
-                    column = token + extra * (token > image)
-                    labels[column] = ids[column]
-        return labels
 
     @staticmethod
     def _decode(rle: dict, size: tuple[int, int], example: dict) -> np.ndarray:
@@ -225,17 +196,6 @@ class GroundingCollator:
         ]
 
 
-def _conversation(example: dict) -> list[dict]:
-    """Messages of the earlier turns and the last query; the image stands in front of the first query."""
-    messages = []
-    for turn in example["history"]:
-        messages.append({"role": "user", "content": [{"type": "text", "text": turn["query"]}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn["answer"]}]})
-    messages.append({"role": "user", "content": [{"type": "text", "text": example["query"]}]})
-    messages[0]["content"].insert(0, {"type": "image"})
-    return messages
-
-
 def stable_key(text: str) -> int:
     """A number in 0..2^63-1 that depends on the text only, on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -258,14 +218,16 @@ def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
 
     Returns:
         The batch with `input_ids`, `labels`, `position_ids` `(I, T)` padded on the left, `attention_mask` `(I, T, T)`
-        bool and `image_index` `(I,)`.
+        bool, and without `image_index`, as each image has one row.
 
     Raises:
         ValueError: two prompts about one image differ before the image.
     """
     packed = []
-    for image in range(len(batch["original_sizes"])):
-        rows = (batch["image_index"] == image).nonzero().squeeze(-1)
+    images = len(batch["original_sizes"])
+    image_index = resolve_image_index(batch.get("image_index"), len(batch["input_ids"]), images)
+    for image in range(images):
+        rows = (image_index == image).nonzero().squeeze(-1)
         ids = [batch["input_ids"][row][batch["attention_mask"][row].bool()] for row in rows]
         labels = [batch["labels"][row][batch["attention_mask"][row].bool()] for row in rows]
         common = int((ids[0] == image_token_id).nonzero().max()) + 1
@@ -287,7 +249,7 @@ def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:
     padded = {
         name: torch.stack([_pad_left(row[name], longest, value) for row in packed]) for name, value in padding.items()
     }
-    return {**batch, **padded, "image_index": torch.arange(len(packed))}
+    return {name: value for name, value in {**batch, **padded}.items() if name != "image_index"}
 
 
 def _pad_left(values: torch.Tensor, length: int, value) -> torch.Tensor:

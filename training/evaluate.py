@@ -60,7 +60,7 @@ class EvaluationArguments:
     seed: int = 0
     layers: list[str | int] = field(default_factory=lambda: ["argmax"])
     batch_size: int = 32
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     dtype: str | None = None
     overlays: int = 0
     output: str | None = None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from uground.modeling_uground.generation_uground import WrittenAnswers
+from uground.modeling_uground.image_rows import resolve_image_index
 from uground.modeling_uground.lmm_access import (
     find_segments,
     gather_layer_states,
@@ -69,7 +70,7 @@ def predict(
     examples: list[dict],
     layers: list[str | int],
     style: str = "generate",
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     neutral_answer: str = "[SEG].",
 ) -> dict[str | int, list[Prediction]]:
     """
@@ -80,7 +81,7 @@ def predict(
         examples: in the common schema, images opened; several may be about one image.
         layers: choices of layer, as `model.read_masks` takes them.
         style: one of `STYLES`.
-        max_new_tokens: of a written answer.
+        max_new_tokens: of a written answer; by default as the model's `generation_config` says.
         neutral_answer: forced where the answer wanted has no segment.
 
     Returns:
@@ -100,7 +101,7 @@ def predict(
         answers = model.write_answers(
             inputs["input_ids"],
             inputs["attention_mask"],
-            inputs["image_index"],
+            inputs.get("image_index"),
             model.get_image_embeddings(**inputs),
             max_new_tokens=max_new_tokens,
         )
@@ -175,7 +176,8 @@ def force_answers(model, processor, inputs) -> tuple[WrittenAnswers, torch.Tenso
         none where the tokenizer has no reject token.
     """
     images = model.get_image_embeddings(**inputs)
-    input_ids, image_index = inputs["input_ids"], inputs["image_index"]
+    input_ids = inputs["input_ids"]
+    image_index = resolve_image_index(inputs.get("image_index"), len(input_ids), len(images.lmm_features))
     positions = image_token_positions(input_ids, model.config.image_token_id, images.lmm_features.shape[1])
     lmm_inputs = prepare_lmm_inputs(
         input_ids,

@@ -44,6 +44,12 @@ CHAT_TEMPLATE = """\
         {{- "USER: " + render(message["content"]) + " " -}}
     {%- elif message["role"] == "assistant" -%}
         {{- "ASSISTANT: " -}}{%- generation -%}{{- render(message["content"]) + eos_token -}}{%- endgeneration -%}
+    {%- elif message["role"] == "system" and loop.first -%}
+        {{- render(message["content"]) + " " -}}
+    {%- else -%}
+        {{- raise_exception(
+            "the chat template knows the roles user, assistant and, in front, system, got " + message["role"]
+        ) -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "ASSISTANT:" -}}{%- endif -%}

@@ -66,7 +66,9 @@ class UGroundTrainingConfig(SFTConfig):
     eval_generate_count: int = field(
         default=0, metadata={"help": "evaluation items whose answers are also generated, 0 for none"}
     )
-    eval_max_new_tokens: int = field(default=64, metadata={"help": "most tokens of a generated answer"})
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "most tokens of a generated answer (default: as the checkpoint says)"}
+    )
     eval_overlays: int = field(default=4, metadata={"help": "generated answers drawn for TensorBoard"})
     max_length: int | None = field(
         default=None,
@@ -93,7 +95,7 @@ class UGroundTrainingConfig(SFTConfig):
             if seed is not None and not 0 <= seed < limit:
                 raise ValueError(f"{name} must be in 0..{limit - 1}, got {seed}")
         for name in ("policy_samples", "eval_max_new_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")

@@ -1,0 +1,76 @@
+"""Which row asks about which image, and whether rows and images that were joined or cut still belong together."""
+
+import torch
+
+
+def resolve_image_index(image_index: torch.Tensor | None, num_rows: int, num_images: int) -> torch.Tensor:
+    """
+    The image of every row: one image per row in order, or one image for all rows, unless `image_index` says which.
+
+    Returns:
+        `(B,)` int64.
+
+    Raises:
+        ValueError: `image_index` is needed, or does not name one of the images for every row.
+    """
+    if image_index is None:
+        if num_images not in (1, num_rows):
+            raise ValueError(f"image_index is needed: {num_rows} rows ask about {num_images} images")
+        return torch.arange(num_rows) if num_images == num_rows else torch.zeros(num_rows, dtype=torch.long)
+    shape = tuple(image_index.shape)
+    if shape != (num_rows,) or (num_rows and not 0 <= image_index.min() <= image_index.max() < num_images):
+        raise ValueError(
+            f"image_index must name one of {num_images} images for each of {num_rows} rows, got {image_index.tolist()}"
+        )
+    return image_index
+
+
+def check_images(pixel_values, sam_pixel_values, *sizes) -> None:
+    """
+    See that images were joined along their first axis.
+
+    Args:
+        pixel_values (`(I, 3, h, w)`), sam_pixel_values (`(I, 3, S, S)`), sizes (each `(I, 2)`): of the processor.
+
+    Raises:
+        ValueError: one has another number of axes, as stacking gives, or another number of images.
+    """
+    frames = (pixel_values, sam_pixel_values)
+    is_flat = all(frame.dim() == 4 for frame in frames) and all(size.dim() == 2 for size in sizes)
+    if not is_flat or len({len(value) for value in (*frames, *sizes)}) != 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in (*frames, *sizes))
+        raise ValueError(
+            "pixel_values and sam_pixel_values must have 4 axes, their sizes 2, and all as many images; outputs of "
+            f"the processor are joined with torch.cat and not stacked, got shapes {shapes}"
+        )
+
+
+def check_queries(input_ids: torch.Tensor, image_index: torch.Tensor | None, num_images: int) -> None:
+    """
+    See that the rows are those of the images.
+
+    `image_index` counts within one output of the processor, so that outputs with it can be neither joined nor cut: of
+    what is joined, the images of the second are asked by nobody.
+
+    Args:
+        input_ids (`(B, T)`), image_index (`(B,)`, *optional*): of the processor.
+        num_images: I.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(
+            "input_ids must have the shape (B, T); outputs of the processor are joined with torch.cat and not "
+            f"stacked, got the shape {tuple(input_ids.shape)}"
+        )
+    asked = set(resolve_image_index(image_index, len(input_ids), num_images).tolist())
+    unasked = sorted(set(range(num_images)) - asked)
+    if unasked:
+        raise ValueError(
+            f"each of {num_images} images must be asked about, but image_index {image_index.tolist()} does not name "
+            f"image {unasked[0]}; several queries per image must come from one call of the processor, uncut"
+        )
+
+
+__all__ = ["check_images", "check_queries", "resolve_image_index"]
