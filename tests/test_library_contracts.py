@@ -305,7 +305,8 @@ def configurations_are_read_by_one_method(model, folder):
 
 @check
 def classes_say_what_they_can(model, folder):
-    """Attention is admitted by `_supports_…`, and `_no_split_modules` stay whole under `device_map`."""
+    """Attention is admitted by `_supports_…` and told by `_attn_implementation`; `_no_split_modules` stay whole."""
+    assert model.config.lmm_config.text_config._attn_implementation in ("eager", "sdpa")
     assert all(uses(getattr(PreTrainedModel, method), flag) for method, flag in ATTENTION_FLAGS.items())
     assert hasattr(PreTrainedModel, "_supports_attention_backend") and "MaskDecoder" in model._no_split_modules
 
