@@ -57,7 +57,7 @@ class ReferringSegmentationPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
         check_token_ids(self.model.config, self.processor)
-        self.tells_of_cut = True
+        self.warns_of_cut = True
         _check_loader(self._batch_size, self._num_workers)
 
     def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
@@ -134,8 +134,8 @@ class ReferringSegmentationPipeline(Pipeline):
     def _forward(self, input_tensors, **forward_parameters):
         outputs = self._segment(input_tensors.pop("inputs"), forward_parameters)
         cut = sum(int((~part["finished"]).sum()) for part in outputs)
-        if cut and self.tells_of_cut:
-            self.tells_of_cut = False
+        if cut and self.warns_of_cut:
+            self.warns_of_cut = False
             rows = sum(len(part["finished"]) for part in outputs)
             logger.warning(f"{cut} of {rows} answers were cut and may lack segments; pass a larger max_new_tokens")
         return {**input_tensors, "outputs": outputs}
