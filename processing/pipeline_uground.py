@@ -43,7 +43,7 @@ class ReferringSegmentationPipeline(Pipeline):
     A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
     0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
     the image. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a warning is
-    logged, unless `tells_of_cut` is `False`.
+    logged, unless `warns_of_cut` is `False`.
     """
 
     _load_processor = True
