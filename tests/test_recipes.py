@@ -232,7 +232,7 @@ def test_a_finished_run_given_again_says_so_and_writes_nothing(stand_in, tmp_pat
     before = contents(tmp_path)
     main(arguments)
     steps = 3 if saving == "epochs" else 2
-    said = f"the run in {tmp_path} is finished, with {steps} steps: nothing is trained or written"
+    said = f"the run in {tmp_path} is finished at step {steps}: nothing is trained or written"
     assert capsys.readouterr().out.strip() == said
     assert contents(tmp_path) == before
 
