@@ -276,7 +276,7 @@ def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path, c
 )
 def test_a_seed_that_is_too_large_is_refused_in_a_sentence(stand_in, tmp_path, name, seed, limit, capsys):
     assert main(command(stand_in, tmp_path, train_data="scenes", **{name: seed})) == 2
-    assert re.search(f"seed must (be|lie) in 0..{limit - 1}, got {seed}", refusal(capsys))
+    assert f"seed must lie in 0..{limit - 1}, got {seed}" in refusal(capsys)
 
 
 def test_the_largest_seeds_train(stand_in, tmp_path):
@@ -300,4 +300,4 @@ def test_a_machine_without_an_accelerator_computes_in_float32_unless_told_otherw
 def test_pretraining_refuses_a_seed_that_is_too_large(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         pretrain(["sam", "--output", str(tmp_path / "sam"), "--seed", str(2**64)])
-    assert f"--seed: must be a whole number in 0..{2**32 - 1}, got '{2**64}'" in capsys.readouterr().err
+    assert f"--seed: a seed must be a whole number in 0..{2**32 - 1}, got '{2**64}'" in capsys.readouterr().err
