@@ -237,7 +237,7 @@ def test_a_chat_template_that_lacks_what_a_prompt_needs(text, checkpoint, tmp_pa
         (
             CONFIG,
             {"segment_token_id": 5},
-            "for segment_token_id the config says 5, the tokenizer 38, and the vocabulary",
+            "segment_token_id the config says 5, the tokenizer 38, and the vocabulary",
         ),
         (CONFIG, {"segment_token_id": 10**6}, "segment_token_id must lie in the vocabulary of 40 tokens, got 1000000"),
         (CONFIG, {"segment_token_id": -1}, "segment_token_id must lie in the vocabulary of 40 tokens, got -1"),
@@ -245,7 +245,7 @@ def test_a_chat_template_that_lacks_what_a_prompt_needs(text, checkpoint, tmp_pa
         (
             CONFIG,
             {"lmm_config.image_token_index": 7},
-            "for image_token_id the config says 7, the tokenizer 39, and the",
+            "image_token_id the config says 7, the tokenizer 39, and the",
         ),
         (
             PROCESSOR,

@@ -60,10 +60,12 @@ def recover_query(processor, prompt_ids: list[int]) -> str:
     turns = [i for i in range(end) if next_turn and ids[i : i + len(next_turn)] == next_turn]
     if turns:
         start = turns[-1] + len(next_turn)
-    elif ids[: len(first)] == first:
-        start = len(first)
     else:
-        return ""
+        # What stands before the image may be another system message than the template's own.
+        behind = first[first.index(image) + 1 :]
+        start = ids.index(image) + 1 + len(behind) if image in ids else end + 1
+        if start > end or ids[start - len(behind) : start] != behind:
+            return ""
     return tokenizer.decode(ids[start:end], skip_special_tokens=False).strip()
 
 

@@ -1,6 +1,7 @@
 """Configuration of UGround: an LMM trunk, a SAM, and the settings of what lies between them."""
 
 import copy
+from collections.abc import Iterable
 from typing import ClassVar
 
 import transformers
@@ -8,11 +9,15 @@ from transformers import AutoConfig, PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
+from .attention_parts import attention_of_parts
+from .checkpoint_files import check_config_fields, own_hints, read_json_object, reason_of
+from .known_names import nearest_name
+
 logger = logging.get_logger(__name__)
 
 # Version of the package that this code belongs to; published code has no package to ask.
 CODE_VERSION = "0.1.0"
-# Minor version of transformers that this code was tested with.
+# Oldest minor version of transformers that this code is tested with: the floor of `setup.py`.
 TESTED_TRANSFORMERS = "5.23"
 PROMPTS = ("embedding", "mask")
 LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
@@ -40,7 +45,7 @@ class UGroundConfig(PreTrainedConfig):
             Configuration of the SAM that draws the masks. Its patch size is 16, so that low-resolution mask logits
             live at 1/4 of the SAM frame.
         segment_token_id (`int`, *optional*):
-            Id of `[SEG]`. Resolve it by name with the tokenizer.
+            Id of `[SEG]`, in the vocabulary of the LMM. Resolve it by name with the tokenizer.
         reject_token_id (`int`, *optional*):
             Id of `[REJ]`; `None` for models that cannot reject by token.
         prompts (`tuple[str]`, defaults to `("embedding", "mask")`):
@@ -71,7 +76,7 @@ class UGroundConfig(PreTrainedConfig):
             Version of the code the checkpoint was saved by; stamped on saving.
 
     Raises:
-        ValueError: a setting is outside of what is listed above.
+        ValueError: a setting is outside of what is listed above, or has a name that resembles one of these.
     """
 
     model_type = "uground"
@@ -99,6 +104,7 @@ class UGroundConfig(PreTrainedConfig):
     uground_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         self.prompts = tuple(self.prompts)
         if self.custom_pipelines is None:
@@ -125,16 +131,61 @@ class UGroundConfig(PreTrainedConfig):
         patch_size = self.sam_config.vision_config.patch_size
         if patch_size != 16:
             raise ValueError(f"the SAM of UGround has patches of 16 pixels, got {patch_size}")
+        self.check_token_ids()
+
+    def check_token_ids(self) -> None:
+        """
+        Compare the ids of special tokens with the vocabulary of the LMM and with one another.
+
+        A config that does not name its segment token is not yet that of a model that can be asked, and passes.
+
+        Raises:
+            ValueError: an id is outside of the vocabulary, or two are equal.
+        """
+        names = ("segment_token_id", "reject_token_id", "image_token_id")
+        ids = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.segment_token_id is None:
+            return
+        size = self.get_text_config().vocab_size
+        for name, value in ids.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+                raise ValueError(f"{name} must lie in the vocabulary of {size} tokens, got {value!r}")
+            same = [other for other in names if other != name and ids.get(other) == value]
+            if same:
+                raise ValueError(f"{name} and {same[0]} must differ, got {value} for both")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is not the tested one."""
+        """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is older than the tested."""
         installed = transformers.__version__
-        if installed.split(".")[:2] != TESTED_TRANSFORMERS.split("."):
+        if _minor_version(installed) < _minor_version(TESTED_TRANSFORMERS):
             logger.warning_once(
-                f"uground {CODE_VERSION} was tested with transformers {TESTED_TRANSFORMERS}, installed is {installed}"
+                f"uground {CODE_VERSION} was tested with transformers {TESTED_TRANSFORMERS} and later, "
+                f"installed is {installed}"
             )
-        return super().from_dict(config_dict, **kwargs)
+        refuse_misspelt(kwargs)
+        check_config_fields(config_dict, own_hints(cls))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # transformers raises whatever a value of another type leads it to
+            raise ValueError(f"config.json cannot be used ({reason_of(error)})") from error
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Like `PreTrainedConfig.from_pretrained`; what is wrong with a `config.json` is said with its place."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            place, said = str(pretrained_model_name_or_path), reason_of(error)
+            if place in said:
+                raise
+            raise ValueError(f"{place}/config.json: {said.removeprefix('config.json').lstrip(': ')}") from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return cls._decode_special_floats(read_json_object(json_file))
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Like `PreTrainedConfig.save_pretrained`, stamped with the version of the code that goes with it."""
@@ -142,6 +193,15 @@ class UGroundConfig(PreTrainedConfig):
         # What was loaded from a repository names that repository here; the copy has its own.
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return PreTrainedConfig._attn_implementation.fget(self)
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None):
+        # Every way of loading a model with an `attn_implementation` ends here.
+        PreTrainedConfig._attn_implementation.fset(self, attention_of_parts(value))
 
     @property
     def num_layers(self) -> int:
@@ -168,6 +228,27 @@ class UGroundConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""
         return self.lmm_config.get_text_config(*args, **kwargs)
+
+
+def _minor_version(version: str) -> tuple[int, ...]:
+    """`"5.24.0.dev0"` to (5, 24)."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def refuse_misspelt(names: Iterable[str]) -> None:
+    """
+    Raise a `ValueError` if a name resembles a field of [`UGroundConfig`], or is that of a value that it computes.
+
+    Other names pass: transformers, and tools around it, add keys of their own.
+    """
+    members = vars(UGroundConfig)
+    own = set(UGroundConfig.__annotations__) - {"sub_configs_defaults"}
+    for name in names:
+        if isinstance(members.get(name), property):
+            raise ValueError(f"config key {name} is computed from lmm_config and sam_config, and cannot be set")
+        near = None if name in own else nearest_name(name, own)
+        if near is not None:
+            raise ValueError(f"unknown config key {name}, expected {near}")
 
 
 def check_layer_selection(layer_selection: str | int, num_layers: int) -> None:

@@ -1,19 +1,15 @@
 """Writing the answer and reading the segment states while it is written: one pass, no second forward."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.generation import GenerationMode
 
+from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
 from .lmm_access import gather_layer_states
 from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
 from .shared_prefix import SharedPrefix, continue_prefixes, features_of_rows, prefix_keys, read_prefixes
 
-# All else would reorder, repeat or split the passes whose states are read.
-SUPPORTED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-SUPPORTED_SETTINGS = {"num_return_sequences": 1, "prefill_chunk_size": None, "use_cache": True}
 # Rows written and decoded at a time where a call does not say: at 7B, keys and values of 64 rows take about 20 GB.
 MAX_ROWS = 64
 
@@ -32,6 +28,7 @@ class WrittenAnswers:
         images: the encoded images.
         state_rows (`(B,)`, *optional*): where rows share a prefix, the row of `prompt_states` that holds the image
             tokens of each; otherwise G = B, and each row holds its own.
+        finished (*optional*): as in [`UGroundSegmentation`]; `None` for answers that were not written here.
     """
 
     sequences: torch.Tensor
@@ -44,6 +41,7 @@ class WrittenAnswers:
     images: UGroundImageEmbeddings
     image_index: torch.Tensor
     state_rows: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
 
 
 class SegmentGenerationMixin(GenerationMixin):
@@ -56,7 +54,7 @@ class SegmentGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -65,23 +63,32 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         image_embeddings=None,
+        inputs: torch.Tensor | None = None,
         **generate_kwargs,
     ):
         """
         Write the answers only, as the LMM's own `generate` does; see [`segment`] for masks.
 
+        Args:
+            input_ids, …, image_embeddings: as in [`segment`].
+            inputs (*optional*): what transformers' `generate` calls `input_ids`.
+            generate_kwargs: whatever else `generate` takes.
+
         Returns:
             `(B, T)` sequences, or a `GenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: padding on the right, or weights that give NaN.
+            ValueError: padding on the right, prompts given twice or not at all, or weights that give NaN.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError(f"generate takes either input_ids or inputs, got {'none' if inputs is None else 'both'}")
+        input_ids = inputs if input_ids is None else input_ids
+        refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, _ = self._prepare_lmm(input_ids, attention_mask, images, image_index)
         return self.lmm.generate(**lmm_inputs, generation_config=settings, **others)
 
@@ -118,19 +125,20 @@ class SegmentGenerationMixin(GenerationMixin):
             less memory.
             prefix (*optional*): of [`read_prefix`], for rows that begin with what was read there.
             generate_kwargs: `generation_config`, `max_new_tokens`, `do_sample` and whatever else `generate` takes, but
-            for beams, several sequences per query, assisted generation and a switched-off cache.
+            for beams, several sequences per query, assisted generation and a switched-off cache. Where neither these
+            nor the model's `generation_config` say how long an answer may become, it is `MAX_NEW_TOKENS`.
 
         Raises:
             ValueError: padding on the right, an unsupported argument, or weights that give NaN.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
         parts, is_split = [], len(input_ids) > max_rows
         for rows in torch.arange(len(input_ids)).split(max_rows):
             text = (input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows])
@@ -179,9 +187,10 @@ class SegmentGenerationMixin(GenerationMixin):
         Masks may be read from the result several times, with different layers, by [`read_masks`]. It holds the layer
         states of the whole prompts, so drop it when done. Arguments and errors are those of [`segment`].
         """
+        refuse_unknown(self.write_answers, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        _check_supported(settings, others)
+        check_supported(settings, others)
         settings.update(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
         images = image_embeddings
         image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
@@ -198,6 +207,7 @@ class SegmentGenerationMixin(GenerationMixin):
             # As they were given: with a shared prefix, padding stood elsewhere.
             sequences=torch.cat([input_ids, generated.sequences[:, prompt_length:]], 1),
             prompt_length=prompt_length,
+            finished=self._finished(generated.sequences, prompt_length, settings, others),
             rows=rows,
             token_scores=self._token_probabilities(generated.logits, rows, steps),
             segment_states=_states_at_steps(generated.hidden_states, rows, steps),
@@ -243,6 +253,7 @@ class SegmentGenerationMixin(GenerationMixin):
         return UGroundSegmentation(
             sequences=answers.sequences,
             prompt_length=answers.prompt_length,
+            finished=answers.finished,
             image_index=answers.image_index,
             segment_row=answers.rows,
             token_scores=answers.token_scores,
@@ -254,15 +265,19 @@ class SegmentGenerationMixin(GenerationMixin):
 
     def _generation_settings(self, generate_kwargs: dict) -> tuple[GenerationConfig, dict]:
         """One config of all settings of a call, and the arguments that are none (streamers, logits processors …)."""
-        others = dict(generate_kwargs)
-        settings = copy.deepcopy(others.pop("generation_config", None) or GenerationConfig())
-        settings.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-        others = settings.update(**others)
+        settings, others = merge_settings(self.generation_config, generate_kwargs)
         # The placeholder of images has an id that no answer holds; its row of the vocabulary is never trained.
         settings.suppress_tokens = [*(settings.suppress_tokens or []), self.config.image_token_id]
         processors = others.get("logits_processor") or []
         others["logits_processor"] = LogitsProcessorList([_FiniteLogits(self._check_finite), *processors])
         return settings, others
+
+    def _finished(self, sequences, prompt_length: int, settings: GenerationConfig, others: dict) -> torch.Tensor:
+        """Which answers came to their end: `(B,)` bool."""
+        end_tokens = settings.eos_token_id
+        if end_tokens is None:
+            end_tokens = self.lmm.generation_config.eos_token_id
+        return rows_finished(sequences, prompt_length, settings, others, end_tokens)
 
     def _padding_token_id(self) -> int:
         """What stands behind the end of an answer that is shorter than others."""
@@ -305,18 +320,6 @@ class _FiniteLogits(LogitsProcessor):
 def _check_left_padding(attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError("prompts must be padded on the left; got rows whose last token is padding")
-
-
-def _check_supported(settings: GenerationConfig, others: dict) -> None:
-    """Raise a `ValueError` unless tokens are written one after the other, each once."""
-    mode = settings.get_generation_mode(others.get("assistant_model"))
-    if mode not in SUPPORTED_MODES:
-        supported = " or ".join(mode.value for mode in SUPPORTED_MODES)
-        raise ValueError(f"segment writes by {supported} only, got settings of {mode.value}")
-    for name, only in SUPPORTED_SETTINGS.items():
-        value = getattr(settings, name)
-        if value not in (None, only):
-            raise ValueError(f"segment supports only {name}={only}, got {value}")
 
 
 def _states_at_steps(hidden_states, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """On the way to the Hub a model takes its code along and explains itself; on the way back it stays in its folder."""
 
-import json
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
+from .checkpoint_files import CheckpointFilesMixin, read_weight_map
 from .model_card import CardFacts, build_model_card, is_card_of_uground
 
 CARD_FILE = "README.md"
@@ -16,18 +16,27 @@ CARD_FILE = "README.md"
 COMPANIONS = ("pipeline_uground.py", "processing_uground.py")
 
 
-class HubFilesMixin:
-    """For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push."""
+class HubFilesMixin(CheckpointFilesMixin):
+    """
+    For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push.
+
+    Attributes:
+        revision: what `from_pretrained` was asked for, of the repository that the model was loaded from.
+    """
+
+    revision: str | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        for weights in Path(save_directory).glob("*.safetensors"):
+            give_usual_mode(weights)
         if kwargs.get("is_main_process", True):
-            copy_companions(save_directory, self.config)
+            copy_companions(save_directory, self.config.name_or_path, self.revision)
 
     def prepare_upload(self, folder: str | os.PathLike, repo_id: str) -> None:
         """Complete a folder that `push_to_hub` is about to send, in which the base class has put an empty card."""
-        copy_companions(folder, self.config)
+        copy_companions(folder, self.config.name_or_path, self.revision)
         self.write_model_card(folder, CardFacts(repo_id=repo_id))
 
     def write_model_card(self, folder: str | os.PathLike, facts: CardFacts | None = None) -> Path:
@@ -57,27 +66,51 @@ class HubFilesMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
-def copy_companions(folder: str | os.PathLike, config) -> None:
+def give_usual_mode(path: Path) -> None:
+    """
+    Let others read a file as far as the user lets them read new files.
+
+    safetensors writes to a temporary file, which nobody else may read, and moves it into place.
+    """
+    if path.stat().st_mode & 0o777 != 0o600:
+        return
+    # The mask can only be read by making a file: setting it, even for a moment, would change it for all threads.
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
+
+
+def copy_companions(folder: str | os.PathLike, origin: str | None, revision: str | None = None) -> None:
     """
     Copy the code of processor and pipeline to a checkpoint folder.
 
     It is looked for beside the model's code, as in the installed package or in a repository's module cache, and then
     in the folder or repository that the model was loaded from. Code that is nowhere is left out: the processor brings
     its own when it is saved.
+
+    Args:
+        folder: to copy to.
+        origin, revision: folder or repository that the model was loaded from, and which state of it.
     """
     target = Path(folder).resolve()
-    for name in COMPANIONS:
-        source = _find_companion(name, config)
+    wanted, seen = list(COMPANIONS), set()
+    while wanted:
+        name = wanted.pop()
+        seen.add(name)
+        source = _find_companion(name, origin or "", revision)
         if source is None:
             continue
-        for path in map(Path, (source, *get_relative_import_files(source))):
-            if path.is_file() and path.resolve().parent != target:
-                shutil.copyfile(path, target / path.name)
+        if source.resolve().parent != target:
+            shutil.copyfile(source, target / name)
+        # Of a repository, only what is asked for by name is fetched.
+        wanted += {f"{module}.py" for module in get_relative_imports(source)} - seen
 
 
-def _find_companion(name: str, config) -> Path | None:
+def _find_companion(name: str, origin: str, revision: str | None) -> Path | None:
     here = Path(__file__).resolve().parent
-    origin = getattr(config, "name_or_path", None) or ""
     for place in (here.with_name("processing"), here, Path(origin)):
         if (place / name).is_file():
             return place / name
@@ -86,7 +119,7 @@ def _find_companion(name: str, config) -> Path | None:
     found = cached_file(
         origin,
         name,
-        revision=getattr(config, "_commit_hash", None),
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
@@ -95,29 +128,13 @@ def _find_companion(name: str, config) -> Path | None:
 
 def check_shard_names(folder: str | os.PathLike) -> None:
     """
-    Raise an error if the index of a local checkpoint names files outside of its folder.
+    Raise an error if the index of a local checkpoint is none, or names files outside of its folder.
 
     Raises:
         ValueError: it does; the sentence names one.
     """
-    if folder is None or not Path(folder, SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights") from error
-    for name in sorted(names, key=str):
-        if not is_inside(name):
-            raise ValueError(f"{index} must name files beside it, got {name!r}")
+    if folder is not None and Path(folder, SAFE_WEIGHTS_INDEX_NAME).is_file():
+        read_weight_map(Path(folder, SAFE_WEIGHTS_INDEX_NAME), needed=("weight_map",))
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative path of a repository stays in its folder."""
-    if not isinstance(name, str) or not name or "\\" in name:
-        return False
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
-
-
-__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names", "is_inside"]
+__all__ = ["CARD_FILE", "HubFilesMixin", "check_shard_names", "give_usual_mode"]

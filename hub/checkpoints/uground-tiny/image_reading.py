@@ -3,6 +3,8 @@
 import base64
 import os
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -59,28 +61,49 @@ def read_image(image, name: str = "the image") -> Image.Image:
         raise ValueError(
             f"{name} must be at least {MIN_SIDE} pixels wide and high, got {width} wide and {height} high"
         )
-    try:
+    with picture_errors(name):
         return _to_rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"{name} cannot be read: {error}") from error
+
+
+@contextmanager
+def picture_errors(name: str) -> Iterator[None]:
+    """
+    One sentence, which begins with `name`, for whatever Pillow raises at a picture file.
+
+    Raises:
+        OSError: the file is missing, unreadable or truncated.
+        ValueError: it has more pixels than Pillow decodes.
+    """
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name} does not exist") from None
+    except Exception as error:  # a broken file leads decoders to errors of any kind
+        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
 
 
 def _open(source: str, name: str) -> Image.Image:
     if source.startswith(URL_PREFIXES):
         file = BytesIO(_load(source, name))
-    elif Path(source).is_file():
+    elif _is_file(source):
         file = source
     else:
         raise FileNotFoundError(f"{name} does not exist or is not a file")
-    try:
+    with picture_errors(name):
         picture = Image.open(file)
         picture.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {_first_line(error)}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        reason = "it is no known image format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
     return picture
+
+
+def _is_file(source: str) -> bool:
+    try:
+        return Path(source).is_file()
+    except OSError:
+        # No name of a file is as long as the content of one, which is handed in by mistake.
+        return False
 
 
 def _load(url: str, name: str) -> bytes:
@@ -108,6 +131,10 @@ def _first_line(error) -> str:
 
 def _array_to_picture(array, name: str) -> Image.Image:
     if isinstance(array, torch.Tensor):
+        if array.is_meta or array.layout != torch.strided or array.is_complex() or array.is_quantized:
+            raise ValueError(
+                f"{name} must be a dense tensor of real numbers, got one of {array.dtype}, {array.layout}"
+            )
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     given = array.shape
@@ -117,6 +144,8 @@ def _array_to_picture(array, name: str) -> Image.Image:
         raise ValueError(
             f"{name} must have the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {tuple(given)}"
         )
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} must hold real numbers, got {array.dtype}")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if min(array.shape[:2]) < MIN_SIDE:
@@ -158,4 +187,4 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-__all__ = ["read_image"]
+__all__ = ["picture_errors", "read_image"]

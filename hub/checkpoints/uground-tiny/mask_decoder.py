@@ -54,7 +54,8 @@ class MaskDecoder(PreTrainedModel):
             mask logits `(N, S/4, S/4)` in the SAM frame and SAM's estimates of their IoU `(N,)`, both float32.
         """
         side = self.low_resolution
-        if len(segment_image) == 0:
+        # Not `len`, which would make a number of what an exported program leaves open.
+        if segment_image.shape[0] == 0:
             return image_embeddings.new_zeros((0, side, side)).float(), image_embeddings.new_zeros((0,)).float()
         # The parts may differ in dtype: what is trained beside frozen weights in bfloat16 is held in float32.
         dtype = self.sam.mask_decoder.iou_token.weight.dtype
@@ -66,7 +67,7 @@ class MaskDecoder(PreTrainedModel):
         positions = self.sam.get_image_wide_positional_embeddings().to(dtype)
         masks, iou_scores = self.sam.mask_decoder(
             image_embeddings=embeddings,
-            image_positional_embeddings=positions.expand(len(embeddings), -1, -1, -1),
+            image_positional_embeddings=positions.expand(embeddings.shape[0], -1, -1, -1),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense.to(dtype),
             multimask_output=False,

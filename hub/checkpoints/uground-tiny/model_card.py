@@ -68,7 +68,7 @@ def build_model_card(config: UGroundConfig | None, facts: CardFacts) -> ModelCar
         _figures(facts.results),
         _limits(),
         _licences(facts),
-        f"Saved by uground {CODE_VERSION}, tested with transformers {TESTED_TRANSFORMERS}.",
+        f"Saved by uground {CODE_VERSION}, tested with transformers {TESTED_TRANSFORMERS} and later.",
     ]
     data = _metadata(config, facts, title)
     body = "\n\n".join(section for section in sections if section)

@@ -3,17 +3,17 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
-import copy
-
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModelForImageTextToText
 
+from .attention_parts import is_flash
+from .call_arguments import refuse_unknown, with_answer_length
+from .checkpoint_files import refuses_bad_config
 from .configuration_uground import UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
-from .hub_files import HubFilesMixin, check_shard_names
+from .image_rows import check_images, check_queries, resolve_image_index
 from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
+from .library_compat import CACHE_NAME
 from .lmm_access import (
     encode_lmm_images,
     find_segments,
@@ -24,7 +24,8 @@ from .lmm_access import (
     token_validity,
 )
 from .mask_decoder import MaskDecoder, mask_overlap
-from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation
+from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
+from .pretrained_uground import UGroundPreTrainedModel
 from .prompts import PADDING_VALUE, SegmentProjection, SimilarityScaling, build_mask_prompts
 from .session_uground import ImageSessionMixin
 
@@ -32,99 +33,10 @@ from .session_uground import ImageSessionMixin
 PROBABILITY_MARGIN = 1e-6
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
-# Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
-UNQUANTIZED = ("mask_decoder", "layer_policy", "segment_projection", "similarity_scaling", "lm_head")
-
-
-class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
-    config: UGroundConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-    # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
-    _no_split_modules = ["MaskDecoder"]
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, LayerPolicy):
-            init.zeros_(module.gates)
-            init.zeros_(module.reward_ema)
-            init.zeros_(module.reward_updates)
-        elif isinstance(module, SimilarityScaling) and module.bias is not None:
-            init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """
-        Like `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit the model exactly is refused.
-
-        A `quantization_config` is for the LMM: what turns its states into masks stays in the `dtype` of the rest.
-
-        Raises:
-            ValueError: tensors are missing, unexpected or of the wrong shape; the sentence names them. Or the index
-                names files outside of the folder.
-            OSError: there are no weights, or they are truncated or damaged.
-        """
-        check_shard_names(pretrained_model_name_or_path)
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = keep_mask_path(kwargs["quantization_config"])
-        # Wrong shapes are let through to be reported here with the other two kinds, in one sentence.
-        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(f"the weights in {pretrained_model_name_or_path} cannot be read: {error}") from error
-        problems = [
-            f"{kind}: {_name_some(names)}"
-            for kind, names in (
-                ("missing", info["missing_keys"]),
-                ("unexpected", info["unexpected_keys"]),
-                ("of the wrong shape", [] if allow_mismatch else info["mismatched_keys"]),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} do not fit the model; tensors {'; '.join(problems)}"
-            )
-        # Under ZeRO-3 transformers also keeps renamings that met no weight, and would apply their inverse at saving.
-        if conversions := getattr(model, "_weight_conversions", None):
-            model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
-        return (model, info) if output_loading_info else model
-
-
-def keep_mask_path(quantization_config):
-    """A copy of a quantisation config (object or `dict`) that leaves out what turns layer states into masks."""
-    chosen = copy.deepcopy(quantization_config)
-    if isinstance(chosen, dict):
-        is_bits = chosen.get("quant_method") == "bitsandbytes" or {"load_in_4bit", "load_in_8bit"} & chosen.keys()
-        name = "llm_int8_skip_modules" if is_bits else "modules_to_not_convert"
-        chosen[name] = [*dict.fromkeys([*(chosen.get(name) or []), *UNQUANTIZED])]
-        return chosen
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if hasattr(chosen, name):
-            setattr(chosen, name, [*dict.fromkeys([*(getattr(chosen, name) or []), *UNQUANTIZED])])
-            return chosen
-    raise ValueError(f"quantization_config must be able to leave modules out, got a {type(chosen).__name__}")
-
-
-def _name_some(names, at_most: int = 8) -> str:
-    """Names of a few tensors, and how many more there are; wrong shapes come as (name, got, expected)."""
-    texts = [
-        name if isinstance(name, str) else f"{name[0]} (got {tuple(name[1])}, expected {tuple(name[2])})"
-        for name in names
-    ]
-    texts = sorted(texts)
-    more = f" and {len(texts) - at_most} more" if len(texts) > at_most else ""
-    return ", ".join(texts[:at_most]) + more
+# Keywords of the forward for the text loss; a `Trainer` that finds `**kwargs` passes them.
+LOSS_ARGUMENTS = ("num_items_in_batch",)
+# What the processor and a collator return of the queries, which encoding images does not read.
+QUERY_INPUTS = ("input_ids", "attention_mask", "image_index", "labels", "position_ids")
 
 
 class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin, UGroundPreTrainedModel):
@@ -135,8 +47,11 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (SAM).
     """
 
+    @refuses_bad_config
     def __init__(self, config: UGroundConfig):
         super().__init__(config)
+        # Settings may have been changed since the config was made.
+        config.check_token_ids()
         hidden_size = config.get_text_config().hidden_size
         prompt_size = config.sam_config.prompt_encoder_config.hidden_size
         # First in line: `device_map="auto"` takes off the accelerator what is last, and the LMM's layers can bear it.
@@ -152,9 +67,15 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         self.segment_projection = SegmentProjection(hidden_size, prompt_size) if self._uses("embedding") else None
         self.similarity_scaling = SimilarityScaling(config.similarity_scaling, config.num_layers, hidden_size)
         self.post_init()
+        with_answer_length(self.generation_config)
 
     def _uses(self, prompt: str) -> bool:
         return prompt in self.config.prompts
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the LMM knows, also after [`resize_token_embeddings`]."""
+        return self.config.get_text_config().vocab_size
 
     def get_input_embeddings(self):
         return self.lmm.get_input_embeddings()
@@ -164,6 +85,27 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def get_output_embeddings(self):
         return self.lmm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lmm.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        """The language model of the LMM."""
+        return self.lmm.get_decoder()
+
+    def set_decoder(self, decoder):
+        self.lmm.set_decoder(decoder)
+
+    def enable_input_require_grads(self):
+        """Of words only: encoders of images that are frozen would build a graph for nothing."""
+        decoder = self.lmm.get_decoder()
+        # Once, however often it is asked for: only the hooks of the last time are known to be taken back.
+        decoder.disable_input_require_grads()
+        decoder.enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        """Take back [`enable_input_require_grads`]."""
+        self.lmm.get_decoder().disable_input_require_grads()
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
@@ -189,16 +131,27 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         sam_pixel_values: torch.Tensor,
         sam_valid_sizes: torch.Tensor,
         original_sizes: torch.Tensor,
-        **_queries,
+        input_ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        **queries,
     ) -> UGroundImageEmbeddings:
         """
         Encode images once; hand the result to `forward` or `segment` as `image_embeddings=` for any number of queries.
 
         Args:
             pixel_values (`(I, 3, h, w)`), valid_sizes (`(I, 2)`), sam_pixel_values (`(I, 3, S, S)`),
-            sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them. What else the
-            processor returned may be passed along and is not read.
+            sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them.
+            input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
+            the processor returned may be passed along and is not read.
+
+        Raises:
+            ValueError: the sizes do not fit together, or no query asks about one of the images.
+            UnknownKeywordError: a keyword is none of these, a `TypeError` and `ValueError`.
         """
+        refuse_unknown(self.get_image_embeddings, queries, QUERY_INPUTS)
+        check_images(pixel_values, sam_pixel_values, valid_sizes, sam_valid_sizes, original_sizes)
+        if input_ids is not None:
+            check_queries(input_ids, image_index, len(pixel_values))
         lmm_vision = self.config.lmm_config.vision_config
         token_valid = token_validity(valid_sizes, self.config.token_grid_hw, lmm_vision.patch_size)
         return UGroundImageEmbeddings(
@@ -226,8 +179,13 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         num_layer_samples: int | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
         position_ids: torch.Tensor | None = None,
+        inputs_embeds: None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> UGroundOutput:
+    ) -> UGroundOutput | tuple:
         """
         Teacher-forced pass: a mask for every segment token in `input_ids`.
 
@@ -242,17 +200,30 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             position_ids (`(B, T)`, *optional*): by default each token counts the tokens before it. Rows that pack
             several queries behind one image need them, and an `attention_mask` `(B, T, T)` that says which keys each
             token may see.
-            kwargs: for the LMM's forward (`num_items_in_batch`, for one).
+            inputs_embeds (*optional*): only `None`, which wrappers such as PEFT pass along.
+            use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
+            layer states (or those of a list of layers) and attentions, which need `attn_implementation="eager"`.
+            return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
+            kwargs: `num_items_in_batch`, which the text loss is divided by instead of the number of labels.
 
         Raises:
             ValueError: an argument does not fit; see the sentence.
+            UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
-        images = self._resolve_images(
-            image_embeddings, pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes
-        )
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
+        refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
+        if inputs_embeds is not None:
+            raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
+        asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
         lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
-        outputs = self.lmm(**lmm_inputs, output_hidden_states=True, use_cache=False, **kwargs)
+        outputs = self.lmm(
+            **lmm_inputs,
+            use_cache=bool(asked["cache"]),
+            output_hidden_states=True,
+            output_attentions=asked["attentions"],
+            return_dict=True,
+        )
         rows, columns = find_segments(input_ids, self._segment_token_id())
         states = gather_layer_states(outputs.hidden_states, rows, columns)
         segments = self.decode_segments(
@@ -267,7 +238,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             num_layer_samples=num_layer_samples,
         )
         loss = None if labels is None else self._text_loss(outputs.logits, labels, **kwargs)
-        return UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments)
+        segments |= further_outputs(outputs, CACHE_NAME, asked)
+        output = UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _text_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -411,35 +384,31 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             raise ValueError("config.segment_token_id is not set: this model does not know its [SEG] token")
         return self.config.segment_token_id
 
-    def _resolve_images(self, image_embeddings, *image_inputs) -> UGroundImageEmbeddings:
-        """Encode the image inputs, unless they were encoded before."""
-        if image_embeddings is not None:
-            return image_embeddings
-        if any(value is None for value in image_inputs):
+    def _resolve_images(self, rows, image_embeddings, image_inputs) -> tuple[UGroundImageEmbeddings, torch.Tensor]:
+        """
+        Encode the image inputs, which must be those of the rows, unless they were encoded before; and say which image
+        each row asks about.
+        """
+        input_ids, image_index = rows
+        if image_embeddings is None and any(value is None for value in image_inputs):
             raise ValueError(
                 "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and "
                 "original_sizes"
             )
-        return self.get_image_embeddings(*image_inputs)
+        if image_embeddings is None:
+            image_embeddings = self.get_image_embeddings(*image_inputs, input_ids=input_ids, image_index=image_index)
+        images = len(image_embeddings.lmm_features)
+        return image_embeddings, self._resolve_image_index(image_index, len(input_ids), images)
 
-    @staticmethod
-    def _resolve_image_index(image_index, num_rows: int, num_images: int) -> torch.Tensor:
-        """One image per row in order, or one image for all rows, unless the caller says which."""
-        if image_index is None:
-            if num_images not in (1, num_rows):
-                raise ValueError(f"image_index is needed: {num_rows} rows ask about {num_images} images")
-            return torch.arange(num_rows) if num_images == num_rows else torch.zeros(num_rows, dtype=torch.long)
-        if len(image_index) != num_rows or (num_rows and not 0 <= image_index.min() <= image_index.max() < num_images):
-            raise ValueError(
-                f"image_index must name one of {num_images} images for each of {num_rows} rows, "
-                f"got {image_index.tolist()}"
-            )
-        return image_index
+    _resolve_image_index = staticmethod(resolve_image_index)
 
     def _prepare_lmm(self, input_ids, attention_mask, images: UGroundImageEmbeddings, image_index, position_ids=None):
         """Arguments of the LMM, and the columns of its image tokens `(B, n)`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention = self.lmm.config.get_text_config()._attn_implementation
+        if attention_mask.dim() == 3 and is_flash(attention):
+            raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
         positions = image_token_positions(input_ids, self.config.image_token_id, images.lmm_features.shape[1])
         inputs = prepare_lmm_inputs(
             input_ids,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 
@@ -46,6 +47,10 @@ class UGroundOutput(ModelOutput):
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
+        hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request;
+            `None` in place of layers that were not asked for.
+        attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
+        cache (`Cache`, *optional*): keys and values of the language model, on request.
     """
 
     loss: torch.Tensor | None = None
@@ -60,6 +65,9 @@ class UGroundOutput(ModelOutput):
     iou_scores: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cache: Cache | None = None
 
 
 @dataclass
@@ -72,6 +80,8 @@ class UGroundSegmentation(ModelOutput):
     Args:
         sequences (`(B, T)`, int64): prompts and what was written after them.
         prompt_length (`int`): number of columns of `sequences` that are prompt.
+        finished (`(B,)`, bool): answers that came to their end; the others were cut by a limit, such as
+            `max_new_tokens`, and may lack segments.
         image_index (`(B,)`, int64): image each row asks about.
         token_scores (`(N,)`, float32): probability with which each segment token was written.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
@@ -79,6 +89,7 @@ class UGroundSegmentation(ModelOutput):
 
     sequences: torch.Tensor | None = None
     prompt_length: int | None = None
+    finished: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
     segment_row: torch.Tensor | None = None
     layer_logits: torch.Tensor | None = None
@@ -94,6 +105,50 @@ class UGroundSegmentation(ModelOutput):
     valid_sizes: torch.Tensor | None = None
     sam_valid_sizes: torch.Tensor | None = None
     original_sizes: torch.Tensor | None = None
+
+
+def asked_outputs(config, use_cache, output_hidden_states, output_attentions) -> dict:
+    """
+    Which further fields a forward shall return: `cache`, `hidden_states`, `attentions`.
+
+    Args:
+        config: says of states and attentions what the call does not.
+        use_cache, output_attentions: of the call, `None` where it does not say.
+        output_hidden_states: the same, or a layer, or a list of layers, from the end if negative.
+
+    Returns:
+        `True` or `False` for each; for states, numbers of the layers.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    attentions = config.output_attentions if output_attentions is None else output_attentions
+    layers = range(config.num_layers)
+    if isinstance(states, bool):
+        states = [*layers] if states else []
+    asked = [states] if isinstance(states, int) else [*states]
+    if any(layer not in range(-len(layers), len(layers)) for layer in asked):
+        raise ValueError(f"output_hidden_states must name layers in 0..{len(layers) - 1}, got {asked}")
+    return {"cache": bool(use_cache), "hidden_states": {layers[n] for n in asked}, "attentions": bool(attentions)}
+
+
+def further_outputs(outputs: ModelOutput, cache_name: str, asked: dict) -> dict:
+    """
+    What a forward of the LMM gave, as far as it was asked for.
+
+    Args:
+        outputs: of the LMM.
+        cache_name: its name for keys and values.
+        asked: of [`asked_outputs`].
+    """
+    states = enumerate(outputs.hidden_states)
+    found = {
+        "cache": outputs.get(cache_name),
+        "hidden_states": tuple(state if layer in asked["hidden_states"] else None for layer, state in states),
+        "attentions": outputs.get("attentions"),
+    }
+    return {name: value for name, value in found.items() if asked[name]}
 
 
 def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) -> UGroundSegmentation:

@@ -11,15 +11,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
+from .argument_checks import check_number, check_one_of, check_whole
+from .prompt_format import check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
 from .rejection import is_rejected, map_peak
+
+logger = logging.get_logger(__name__)
 
 FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
 POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
-# Length of an answer where neither the call nor the checkpoint says one; the default of transformers cuts at 20.
-MAX_NEW_TOKENS = 128
 # What is one image, or none at all, although it may be iterable.
 IMAGE_TYPES = (str, bytes, np.ndarray, torch.Tensor, Image.Image)
 # `pipeline(...)` reads these for the download and hands them on.
@@ -39,7 +42,8 @@ class ReferringSegmentationPipeline(Pipeline):
 
     A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
     0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
-    the image.
+    the image. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a warning is
+    logged, unless `warns_of_cut` is `False`.
     """
 
     _load_processor = True
@@ -52,6 +56,9 @@ class ReferringSegmentationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
+        check_token_ids(self.model.config, self.processor)
+        self.warns_of_cut = True
+        _check_loader(self._batch_size, self._num_workers)
 
     def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
         """
@@ -60,7 +67,7 @@ class ReferringSegmentationPipeline(Pipeline):
                 dataset or iterable of such items. `image=` and `images=` are other names for it.
             text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
             batch_size (`int`): how many images go through the model at a time, with all of their queries.
-            max_new_tokens (`int`): most tokens of an answer; by default what the checkpoint says.
+            max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says.
             layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
             max_rows (`int`): most queries that go through the language model at a time, see `model.segment`.
             generate_kwargs (`dict`): anything else `model.segment` should generate with.
@@ -78,9 +85,11 @@ class ReferringSegmentationPipeline(Pipeline):
 
         Raises:
             TypeError: an argument is not known.
+            ValueError: an argument has a value that it cannot have.
             OSError, ValueError: an image or query is not usable, see [`UGroundProcessor.__call__`].
             MemoryError: a batch does not fit into memory, and neither does a half of it.
         """
+        _check_loader(kwargs.get("batch_size"), kwargs.get("num_workers"))
         given = [value for value in (inputs, image, images) if value is not None]
         if len(given) != 1:
             raise ValueError(f"images must be given once, as the first argument, image= or images=; got {len(given)}")
@@ -105,9 +114,12 @@ class ReferringSegmentationPipeline(Pipeline):
                 f"a referring-segmentation pipeline does not know {', '.join(unknown)}; it takes "
                 f"{', '.join(CALL_ARGUMENTS)}, batch_size and num_workers"
             )
-        forward = {name: kwargs[name] for name in FORWARD_ARGUMENTS if kwargs.get(name) is not None}
-        forward.update(kwargs.get("generate_kwargs") or {})
-        return {}, forward, {name: kwargs[name] for name in POSTPROCESS_ARGUMENTS if name in kwargs}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        _check_values(given)
+        self.model._resolve_selection(given.get("layer_selection"), given.get("num_layer_samples"))
+        forward = {name: given[name] for name in FORWARD_ARGUMENTS if name in given}
+        forward.update(given.get("generate_kwargs", {}))
+        return {}, forward, {name: given[name] for name in POSTPROCESS_ARGUMENTS if name in given}
 
     def preprocess(self, input_, **preprocess_parameters):
         """Tensors of one item: one image with its queries."""
@@ -120,11 +132,13 @@ class ReferringSegmentationPipeline(Pipeline):
         return {"inputs": dict(inputs), "queries": [text] if is_single else list(text), "is_single": is_single}
 
     def _forward(self, input_tensors, **forward_parameters):
-        inputs = input_tensors.pop("inputs")
-        settings = self.model.generation_config
-        if settings.max_new_tokens is None and not {"max_new_tokens", "max_length"} & forward_parameters.keys():
-            forward_parameters = {**forward_parameters, "max_new_tokens": MAX_NEW_TOKENS}
-        return {**input_tensors, "outputs": self._segment(inputs, forward_parameters)}
+        outputs = self._segment(input_tensors.pop("inputs"), forward_parameters)
+        cut = sum(int((~part["finished"]).sum()) for part in outputs)
+        if cut and self.warns_of_cut:
+            self.warns_of_cut = False
+            rows = sum(len(part["finished"]) for part in outputs)
+            logger.warning(f"{cut} of {rows} answers were cut and may lack segments; pass a larger max_new_tokens")
+        return {**input_tensors, "outputs": outputs}
 
     def _segment(self, inputs: dict, parameters: dict) -> list:
         """Outputs of `model.segment` for all rows in order: one, or two where memory did not hold them all."""
@@ -226,17 +240,19 @@ class ReferringSegmentationPipeline(Pipeline):
         """One batch of several items: rows padded on the left to the longest, image numbers counted on."""
         inputs = [item["inputs"] for item in items]
         length = max(tensors["input_ids"].shape[1] for tensors in inputs)
+        names = [name for name in inputs[0] if name != "image_index"]
         fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
         batch = {}
-        for name in inputs[0]:
+        for name in names:
             values = [tensors[name] for tensors in inputs]
             if name in fills:
                 values = [
                     torch.nn.functional.pad(value, (length - value.shape[1], 0), value=fills[name]) for value in values
                 ]
-            elif name == "image_index":
-                values = [value + number for number, value in enumerate(values)]
             batch[name] = torch.cat(values)
+        rows = torch.tensor([len(item["queries"]) for item in items])
+        if (rows > 1).any():
+            batch["image_index"] = torch.repeat_interleave(torch.arange(len(items)), rows)
         return {
             "inputs": batch,
             "queries": [query for item in items for query in item["queries"]],
@@ -255,6 +271,31 @@ class ReferringSegmentationPipeline(Pipeline):
             rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
             maps[row].append(similarity_map[:rows, :columns].float().numpy())
         return maps
+
+
+def _check_values(given: dict) -> None:
+    """Raise a `ValueError` where an argument of a call has a value that it cannot have."""
+    for name in ("max_new_tokens", "num_layer_samples", "max_rows"):
+        if name in given:
+            check_whole(name, given[name])
+    for name in ("threshold", "reject_threshold"):
+        if name in given:
+            check_number(name, given[name], 0, 1)
+    if "mask_threshold" in given:
+        check_number("mask_threshold", given["mask_threshold"])
+    if "return_similarity" in given:
+        check_one_of("return_similarity", given["return_similarity"], (True, False))
+    settings = given.get("generate_kwargs", {})
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"generate_kwargs must be a dictionary, got {type(settings).__name__}")
+
+
+def _check_loader(batch_size: int | None, num_workers: int | None) -> None:
+    """Raise a `ValueError` unless these are numbers of images and of processes."""
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+    if num_workers is not None:
+        check_whole("num_workers", num_workers, 0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -280,22 +321,24 @@ def halve_batch(inputs: dict) -> list[dict]:
     Returns:
         Two batches with the rows in order; one, the given, where there is a single query.
     """
-    image_index, images = inputs["image_index"], len(inputs["original_sizes"])
+    rows, images = len(inputs["input_ids"]), len(inputs["original_sizes"])
     by_image = images > 1
-    count = images if by_image else len(image_index)
+    count = images if by_image else rows
     if count < 2:
         return [inputs]
-    numbers = image_index if by_image else torch.arange(count, device=image_index.device)
+    # Without `image_index` each image has one row.
+    numbers = inputs["image_index"] if by_image and "image_index" in inputs else torch.arange(rows)
     halves = []
     for low, high in ((0, count // 2), (count // 2, count)):
         rows = (numbers >= low) & (numbers < high)
         half = {}
         for name, value in inputs.items():
             if name in ("input_ids", "attention_mask", "image_index"):
-                half[name] = value[rows]
+                half[name] = value[rows.to(value.device)]
             else:
                 half[name] = value[low:high] if by_image else value
-        half["image_index"] = half["image_index"] - (low if by_image else 0)
+        if "image_index" in half:
+            half["image_index"] = half["image_index"] - (low if by_image else 0)
         halves.append(half)
     return halves
 

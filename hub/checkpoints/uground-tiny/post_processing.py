@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .answer_labels import decode_answer, label_segments, recover_query
+from .argument_checks import check_number
 
 # Low-resolution mask logits live at 1/4 of the SAM frame.
 FRAME_SCALE = 4
@@ -103,7 +104,7 @@ def post_process_segments(
     Args:
         processor: the [`UGroundProcessor`] that made the inputs.
         outputs: what `model.segment` returned, or a mapping with its fields.
-        threshold: segments with a lower score are left out; 0 keeps all, empty masks included.
+        threshold: segments with a lower score, in 0..1, are left out; 0 keeps all, empty masks included.
         mask_threshold: logit above which a pixel is mask; 0 is a probability of one half.
         target_sizes: height and width of the masks to return, I or B pairs, instead of the sizes of the images.
         queries: the B queries, for the labels of segments that the answer does not name; where `None`, they are
@@ -120,8 +121,10 @@ def post_process_segments(
         - **layers** (`(n,)`, int64): the layer each segment was read at.
 
     Raises:
-        ValueError: `outputs` lacks fields or holds NaN, or the numbers of sizes or queries do not fit.
+        ValueError: `outputs` lacks fields or holds NaN, a threshold is none, or the numbers of sizes or queries do not
+            fit.
     """
+    check_thresholds(threshold, mask_threshold)
     fields = _read_outputs(outputs)
     sequences, prompt_length = fields["sequences"].tolist(), int(fields["prompt_length"])
     image_index = fields["image_index"].tolist()
@@ -150,6 +153,12 @@ def post_process_segments(
             }
         )
     return results
+
+
+def check_thresholds(threshold: float, mask_threshold: float) -> None:
+    """Raise a `ValueError` unless these are a score, in 0..1, and a logit."""
+    check_number("threshold", threshold, 0, 1)
+    check_number("mask_threshold", mask_threshold)
 
 
 def _read_outputs(outputs) -> dict:
@@ -204,10 +213,11 @@ def _sizes_per_query(original_sizes, target_sizes, image_index: list[int]) -> li
     """Height and width of the masks of each query."""
     if target_sizes is None:
         return [_pair(original_sizes[image]) for image in image_index]
-    if len(target_sizes) == len(original_sizes):
-        return [_pair(target_sizes[image]) for image in image_index]
-    if len(target_sizes) == len(image_index):
-        return [_pair(size) for size in target_sizes]
+    if len(target_sizes) in (len(original_sizes), len(image_index)):
+        sizes = [_pair(size) for size in target_sizes]
+        if any(side < 1 for size in sizes for side in size):
+            raise ValueError(f"target_sizes must be heights and widths of at least 1, got {sizes}")
+        return [sizes[image] for image in image_index] if len(sizes) == len(original_sizes) else sizes
     raise ValueError(
         f"target_sizes must hold one size per image ({len(original_sizes)}) or per query ({len(image_index)}), "
         f"got {len(target_sizes)}"

@@ -9,14 +9,36 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
-from .prompt_format import PromptFormat, resolve_token
-from .query_layout import match_answers, pair_images_with_queries
+from .processor_files import (
+    check_fields,
+    check_image_settings,
+    check_length,
+    check_template,
+    names_broken_files,
+    names_tokenizer_files,
+)
+from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
+from .prompt_format import PromptFormat, check_token_ids, resolve_token
+from .prompt_pieces import (
+    ASSISTANT,
+    TEMPLATE,
+    Piece,
+    RenderedPrompt,
+    join_pieces,
+    query_prompts,
+    render_prompt,
+    split_prompt,
+)
+from .query_layout import flatten_texts, match_answers, pair_images_with_queries
+from .row_encoding import Row, SpecialTokens, expand_image
 
 # Of pixels in 0..255: rescaling to 0..1 first would round differently from the official code.
 SAM_MEAN = [123.675, 116.28, 103.53]
 SAM_STD = [58.395, 57.12, 57.375]
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
+# Tokenizers that know no longest context claim one far above this.
+LONGEST_CONTEXT = 2**31
 # The tokens around an image in the default chat template; tokenizers without them get the template without them.
 IMAGE_BRACKETS = ("<im_start>", "<im_end>")
 
@@ -84,6 +106,8 @@ class UGroundProcessor(ProcessorMixin):
         self.segment_token_id = resolve_token(tokenizer, segment_token)
         self.reject_token_id = resolve_token(tokenizer, reject_token, required=False)
         self.image_token_id = resolve_token(tokenizer, image_token)
+        if not tokenizer.is_fast:
+            raise ValueError(f"the tokenizer of a UGroundProcessor must be a fast one, got {type(tokenizer).__name__}")
         for role in ("pad_token", "eos_token"):
             if getattr(tokenizer, role) is None:
                 raise ValueError(f"the tokenizer of a UGroundProcessor must have a {role}, got one without")
@@ -93,82 +117,117 @@ class UGroundProcessor(ProcessorMixin):
         self.num_image_tokens = (side // patch_size) ** 2
         if chat_template is None:
             chat_template = _default_chat_template(tokenizer)
+        self._reader = None
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """
+        Like `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError, ValueError: there is no processor, or a file of it is cut, of another schema, or a pointer of Git
+                LFS; the sentence names the file.
+        """
+        with names_broken_files(pretrained_model_name_or_path, **kwargs):
+            # This class asks for no code of the checkpoint; without the word, transformers would ask back.
+            trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+            processor = super().from_pretrained(pretrained_model_name_or_path, **trusted, **kwargs)
+            loaded = processor[0] if isinstance(processor, tuple) else processor
+            check_template(loaded, pretrained_model_name_or_path, **kwargs)
+        return processor
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        """Build the sub-processors; the image ones straight on PIL, whatever back-end would be picked by default."""
+        """
+        Build the sub-processors; the image ones straight on PIL, whatever back-end would be picked by default.
+
+        Keywords such as `do_normalize=False` change both image processors; what would change a frame is refused.
+        """
         settings = [(processor_dict or {}).get(name) for name in ("image_processor", "sam_image_processor")]
         if not all(isinstance(setting, dict) for setting in settings):
             raise OSError(
                 f"{pretrained_model_name_or_path} holds no UGround processor: its processor_config.json must have the "
                 f"keys image_processor and sam_image_processor, got {sorted(processor_dict or {})}"
             )
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
-        return [*(SamImageProcessorPil(**setting) for setting in settings), tokenizer]
+        changed = take_image_options(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in IMAGE_OPTIONS}
+        check_fields(processor_dict)
+        for name, setting in zip(("image_processor", "sam_image_processor"), settings, strict=True):
+            check_image_settings(setting, name)
+        with names_tokenizer_files(pretrained_model_name_or_path, **kwargs):
+            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        check_length(tokenizer)
+        return [*(SamImageProcessorPil(**{**setting, **changed}) for setting in settings), tokenizer]
 
-    def __call__(
-        self,
-        images=None,
-        text=None,
-        answers=None,
-        return_tensors="pt",
-        max_length=None,
-        padding=True,
-        add_special_tokens=None,
-        videos=None,
-        audio=None,
-    ) -> BatchFeature:
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """
+        As in transformers; the texts that it hands on to be read count as whole prompts, of whatever template.
+
+        In the users' turns of this processor's own template special tokens are text. Under another `chat_template`
+        whose words are whose is not known, so that there every special token counts.
+        """
+        if kwargs.get("tokenize"):
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "is_prompt": True}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
         """
         Args:
-            images: one image or a list, of anything [`read_image`] takes.
+            images: one image or a list, of anything [`read_image`] takes. Without images, `text` is read as it is,
+                such as the completion of a prompt, and only `input_ids` and `attention_mask` are returned.
             text: a query; or a list of queries, one per image; or a list of lists, several queries per image. With
                 one image that is not in a list, a flat list is several queries about it. A text that holds
                 `image_token` is taken as a whole prompt, as `apply_chat_template` renders it.
+                In a query, and in the users' turns of a whole prompt, special tokens are text: `[SEG]` asks for no
+                mask there.
             answers: the answers to learn, nested as `text`. They and the end-of-sequence token are appended, and
-                `labels` is returned.
-            return_tensors: `"pt"`, `"np"`, or `None` for lists.
+                `labels` is returned. In them, only segment and reject token are more than text.
+            is_prompt: whether the texts are whole prompts; by default those are that hold `image_token`.
+            return_tensors: `"pt"` (the default), `"np"`, or `None` for lists: of numbers, and of one array per image.
+            padding: `True` or `"longest"` (the default), `"max_length"`, or `False`.
+            padding_side: `"left"` (the default), which generation needs, or `"right"`.
+            pad_to_multiple_of: pads to a multiple of so many tokens.
             max_length: most tokens of a row, image tokens included; by default `tokenizer.model_max_length`.
-                Nothing is ever truncated.
-            padding: must stay on: rows are padded on the left to the longest.
+            truncation: whether a longer row loses its end; by default it is refused.
             add_special_tokens: whether the tokenizer adds its own, such as a beginning-of-sequence token; by default
                 it does unless the prompt begins with one.
-            videos, audio: must be `None`; `apply_chat_template` of transformers hands them on.
+            return_offsets_mapping: adds `offset_mapping` `(B, T, 2)`: where in the whole prompt the characters of each
+                token begin and end; (0, 0) for padding.
+            do_convert_rgb, do_normalize, do_rescale, image_mean, image_std, resample, rescale_factor: for both image
+                processors. These and the options of text may stand in `images_kwargs`, `text_kwargs`,
+                `common_kwargs`.
 
         Returns:
             `BatchFeature` for I images and B queries, in reading order, with
 
-            - **input_ids**, **attention_mask** `(B, T)` int64: left-padded prompts, one id per image token; the mask
-              is 0 where text was padded.
+            - **input_ids**, **attention_mask** `(B, T)` int64: padded prompts, one id per image token; the mask is 0
+              where text was padded.
             - **labels** `(B, T)` int64, with `answers` only: -100 everywhere but at the answer and its end.
-            - **image_index** `(B,)` int64: the image a row asks about.
+            - **image_index** `(B,)` int64: the image a row asks about. Left out where each image has one query, so
+              that such outputs can be cut, stacked and joined.
             - **pixel_values** `(I, 3, h, w)`, **sam_pixel_values** `(I, 3, S, S)` float32: letterboxed images.
             - **valid_sizes**, **sam_valid_sizes** `(I, 2)` int64: rows, columns of them that are image.
             - **original_sizes** `(I, 2)` int64: height, width of the image as given, after EXIF rotation.
 
         Raises:
             OSError: an image file is missing, unreadable or truncated.
-            ValueError: an image is too small or too elongated, a query is empty or too long, or the numbers of
-                images, queries and answers do not fit together.
+            ValueError: an image is too small or too elongated, a query is empty or too long, an option has a value
+                that it cannot have, or the numbers of images, queries and answers do not fit together.
+            TypeError: an argument is not known.
         """
-        if padding not in (True, "longest"):
-            raise ValueError(f"UGroundProcessor pads to the longest row, so padding must be True, got {padding!r}")
-        if videos is not None or audio is not None:
-            raise ValueError("UGroundProcessor takes images and text only, got videos or audio")
+        options = read_options(kwargs)
+        if images is None and text is not None and answers is None:
+            return self._finish(self._read_plain(flatten_texts(text), options), options)
         images, queries = pair_images_with_queries(images, text)
-        image_index = [index for index, asked in enumerate(queries) for _ in asked]
         flat_queries = [query for asked in queries for query in asked]
         flat_answers = None if answers is None else match_answers(answers, queries)
-        rows = self._encode(self._prompts(flat_queries), flat_answers, add_special_tokens)
-        self._check_length(rows, self.tokenizer.model_max_length if max_length is None else max_length)
-        data = self._pad(rows, with_labels=answers is not None)
-        data["image_index"] = np.asarray(image_index, dtype=np.int64)
-        names = ["the image"] if len(images) == 1 else [f"image {i + 1} of {len(images)}" for i in range(len(images))]
-        pictures = [read_image(image, name) for image, name in zip(images, names, strict=True)]
-        data["pixel_values"], data["valid_sizes"] = _letterbox(self.image_processor, pictures)
-        data["sam_pixel_values"], data["sam_valid_sizes"] = _letterbox(self.sam_image_processor, pictures)
-        data["original_sizes"] = np.asarray([(picture.height, picture.width) for picture in pictures], dtype=np.int64)
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        rows = self._read(self._pieces(flat_queries, bool(is_prompt)), flat_answers, options)
+        data = self._pad(rows, options, with_labels=answers is not None)
+        if any(len(asked) != 1 for asked in queries):
+            image_index = [index for index, asked in enumerate(queries) for _ in asked]
+            data["image_index"] = np.asarray(image_index, dtype=np.int64)
+        return self._finish(data | self._read_images(images, options), options)
 
     def encode_queries(self, queries: list[str], max_length: int | None = None) -> BatchFeature:
         """
@@ -184,10 +243,18 @@ class UGroundProcessor(ProcessorMixin):
         Raises:
             ValueError: a query is empty, no string, or too long.
         """
+        options = CallOptions(max_length=max_length)
         _, (checked,) = pair_images_with_queries([None], [list(queries)])
-        rows = self._encode(self._prompts(checked), None, None)
-        self._check_length(rows, self.tokenizer.model_max_length if max_length is None else max_length)
-        return BatchFeature(data=self._pad(rows, with_labels=False), tensor_type="pt")
+        rows = self._read(self._pieces(checked, False), None, options)
+        return self._finish(self._pad(rows, options, with_labels=False), options)
+
+    def render_prompt(self, turns: list[tuple[str, str]], query: str, learn_answers: bool = False) -> RenderedPrompt:
+        """A whole prompt of a conversation that keeps whose words are whose, see [`prompt_pieces.render_prompt`]."""
+        return render_prompt(self, turns, query, learn_answers)
+
+    def check_token_ids(self, config) -> None:
+        """Refuse a model with other ids, see [`prompt_format.check_token_ids`]."""
+        check_token_ids(config, self)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -213,79 +280,141 @@ class UGroundProcessor(ProcessorMixin):
         """Answers, masks, scores, boxes and labels per query, see [`post_processing.post_process_segments`]."""
         return post_process_segments(self, outputs, threshold, mask_threshold, target_sizes, queries)
 
-    def _prompts(self, queries: list[str]) -> list[str]:
-        """Whole prompts of queries; a text that already is a prompt is checked and kept."""
-        conversations = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": query.strip()}]}]
-            for query in queries
-        ]
-        prompts = self.apply_chat_template(conversations, add_generation_prompt=True)
-        marker = PromptFormat.of(self).generation.strip()
-        for number, query in enumerate(queries):
-            if self.image_token not in query:
-                continue
-            if marker not in query or query.count(self.image_token) != 1:
+    def _pieces(self, texts: list[str], is_prompt: bool) -> list[list[Piece]]:
+        """Whole prompts of queries, in pieces; a text that already is a prompt is checked and kept."""
+        form = PromptFormat.of(self)
+        whole = [is_prompt or self.image_token in text for text in texts]
+        asked = iter(query_prompts(self, [text for text, kept in zip(texts, whole, strict=True) if not kept]))
+        prompts, marker = [], form.generation.strip()
+        for number, (text, kept) in enumerate(zip(texts, whole, strict=True), start=1):
+            pieces = split_prompt(form, text, self.image_token) if kept else next(asked)
+            images = sum(piece.text.count(self.image_token) for piece in pieces if piece.speaker == TEMPLATE)
+            if kept and not is_prompt and (images != 1 or marker not in text):
                 raise ValueError(
-                    f"text {number + 1} holds {self.image_token}, so it must be a whole prompt with one "
+                    f"text {number} holds {self.image_token}, so it must be a whole prompt with one "
                     f"{self.image_token} and {marker!r}, as apply_chat_template(..., add_generation_prompt=True) "
-                    f"writes it; got {query[:200]!r}"
+                    f"writes it; got {text[:200]!r}"
                 )
-            prompts[number] = query
+            if images != 1:
+                raise ValueError(
+                    f"prompt {number} must hold {self.image_token} once, for its image, got it {images} times"
+                )
+            prompts.append(pieces)
         return prompts
 
-    def _encode(self, prompts, answers, add_special_tokens) -> list[tuple[list[int], int]]:
-        """Token ids of every row, its image expanded, and the position where its answer begins."""
-        encoded = self._tokenize(prompts, add_special_tokens)
-        if answers is None:
-            return [(ids, len(ids)) for ids in encoded]
-        form = PromptFormat.of(self)
-        for number, prompt in enumerate(prompts, start=1):
-            if not prompt.endswith(form.generation):
-                raise ValueError(
-                    f"prompt {number} is to be answered, so it must end with {form.generation!r}, got {prompt[-40:]!r}"
-                )
-        full = [
-            prompt + form.before_answer + answer.strip() + form.after_answer
-            for prompt, answer in zip(prompts, answers, strict=True)
+    def _read(self, prompts: list[list[Piece]], answers: list[str] | None, options: CallOptions) -> list[Row]:
+        """Rows of prompts and their answers, images expanded, none longer than it may be."""
+        if answers is not None:
+            form = PromptFormat.of(self)
+            for number, (pieces, answer) in enumerate(zip(prompts, answers, strict=True)):
+                prompt = join_pieces(pieces)
+                if not prompt.endswith(form.generation):
+                    raise ValueError(
+                        f"prompt {number + 1} is to be answered, so it must end with {form.generation!r}, "
+                        f"got {prompt[-40:]!r}"
+                    )
+                written = ((form.before_answer, TEMPLATE), (answer.strip(), ASSISTANT), (form.after_answer, TEMPLATE))
+                prompts[number] = pieces + [Piece(text, speaker, learnt=True) for text, speaker in written if text]
+        rows = [
+            expand_image(row, self.image_token_id, self.num_image_tokens)
+            for row in self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens)
         ]
-        rows = []
-        for prompt_ids, ids in zip(encoded, self._tokenize(full, add_special_tokens), strict=True):
-            # A tokenizer may merge the end of the prompt with the beginning of the answer: what differs is learnt.
-            start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
-            rows.append((ids, start))
-        return rows
+        return self._limit(rows, options)
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool | None) -> list[list[int]]:
-        if add_special_tokens is None:
-            bos_token = self.tokenizer.bos_token
-            add_special_tokens = not (bos_token and texts[0].startswith(bos_token))
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=False, verbose=False)
-        return [self._expand_image_token(ids) for ids in encoded["input_ids"]]
+    def _read_plain(self, texts: list[str], options: CallOptions) -> dict[str, np.ndarray]:
+        """Texts by themselves, every special token in them one."""
+        for number, text in enumerate(texts, start=1):
+            if self.image_token in text:
+                raise ValueError(f"text {number} holds {self.image_token}, so it needs an image, got images=None")
+        rows = self._special_tokens().encode(
+            self.tokenizer, [[Piece(text)] for text in texts], options.add_special_tokens
+        )
+        return self._pad(self._limit(rows, options), options, with_labels=False)
 
-    def _expand_image_token(self, ids: list[int]) -> list[int]:
-        place = ids.index(self.image_token_id)
-        return ids[:place] + [self.image_token_id] * self.num_image_tokens + ids[place + 1 :]
+    def _special_tokens(self) -> SpecialTokens:
+        """What reads texts; made anew where tokenizer or template have changed."""
+        key = (id(self.tokenizer), len(self.tokenizer), self.chat_template)
+        if self._reader is None or self._reader[0] != key:
+            self._reader = (key, SpecialTokens(self))
+        return self._reader[1]
+
+    def _limit(self, rows: list[Row], options: CallOptions) -> list[Row]:
+        """The rows, cut where the call says so; without that one that is too long is refused."""
+        limit = self.tokenizer.model_max_length if options.max_length is None else options.max_length
+        kept = []
+        for number, row in enumerate(rows, start=1):
+            if len(row.ids) > limit and not options.truncation:
+                raise ValueError(
+                    f"query {number} is too long: with its prompt and image it may have {limit} tokens, "
+                    f"got {len(row.ids)}"
+                )
+            if self.image_token_id in row.ids[limit:]:
+                raise ValueError(f"query {number} must keep its whole image when it is cut to {limit} tokens")
+            kept.append(Row(row.ids[:limit], row.learnt[:limit], row.offsets[:limit]))
+        return kept
+
+    def _pad(self, rows: list[Row], options: CallOptions, with_labels: bool) -> dict:
+        """Arrays of rows of one length; lists of rows as they are without padding."""
+        data = {
+            "input_ids": [row.ids for row in rows],
+            "attention_mask": [[1] * len(row.ids) for row in rows],
+        }
+        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        if with_labels:
+            data["labels"] = [
+                [token if learnt else IGNORED_LABEL for token, learnt in zip(row.ids, row.learnt, strict=True)]
+                for row in rows
+            ]
+        if options.return_offsets_mapping:
+            data["offset_mapping"], fills["offset_mapping"] = [row.offsets for row in rows], (0, 0)
+        lengths = {len(row.ids) for row in rows}
+        length = max(lengths)
+        if options.padding is None:
+            if len(lengths) > 1 and options.return_tensors is not None:
+                raise ValueError(
+                    f"rows of several lengths need padding or return_tensors=None, got lengths {sorted(lengths)}"
+                )
+            return data
+        if options.padding == "max_length":
+            length = self.tokenizer.model_max_length if options.max_length is None else options.max_length
+            if length > LONGEST_CONTEXT:
+                raise ValueError("padding='max_length' needs max_length=…, as the tokenizer knows no length")
+        multiple = options.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        on_left = options.padding_side == "left"
+        for name, values in data.items():
+            filling = [[fills[name]] * (length - len(value)) for value in values]
+            data[name] = [
+                fill + value if on_left else value + fill for fill, value in zip(filling, values, strict=True)
+            ]
+        return data
+
+    def _read_images(self, images: list, options: CallOptions) -> dict[str, np.ndarray]:
+        """Both frames of every image, and the sizes of image and frames."""
+        names = ["the image"] if len(images) == 1 else [f"image {i + 1} of {len(images)}" for i in range(len(images))]
+        pictures = [read_image(image, name) for image, name in zip(images, names, strict=True)]
+        pixels, valid = _letterbox(self.image_processor, pictures, options.images)
+        sam_pixels, sam_valid = _letterbox(self.sam_image_processor, pictures, options.images)
+        return {
+            "pixel_values": pixels,
+            "valid_sizes": valid,
+            "sam_pixel_values": sam_pixels,
+            "sam_valid_sizes": sam_valid,
+            "original_sizes": np.asarray([(picture.height, picture.width) for picture in pictures], dtype=np.int64),
+        }
 
     @staticmethod
-    def _check_length(rows, limit: int) -> None:
-        for number, (ids, _) in enumerate(rows, start=1):
-            if len(ids) > limit:
-                raise ValueError(
-                    f"query {number} is too long: with its prompt and image it may have {limit} tokens, got {len(ids)}"
-                )
-
-    def _pad(self, rows, with_labels: bool) -> dict[str, np.ndarray]:
-        shape = (len(rows), max(len(ids) for ids, _ in rows))
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-        for row, (ids, answer_start) in enumerate(rows):
-            left = shape[1] - len(ids)
-            input_ids[row, left:] = ids
-            attention_mask[row, left:] = 1
-            labels[row, left + answer_start :] = ids[answer_start:]
-        data = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return {**data, "labels": labels} if with_labels else data
+    def _finish(data: dict, options: CallOptions) -> BatchFeature:
+        """The batch in the type that was asked for."""
+        if options.return_tensors is None:
+            arrays = {name: value for name, value in data.items() if not isinstance(value, list)}
+            lists = {name: list(value) if value.ndim > 2 else value.tolist() for name, value in arrays.items()}
+            return BatchFeature(data=data | lists)
+        arrays = {
+            name: np.asarray(value, dtype=np.int64) if isinstance(value, list) else value
+            for name, value in data.items()
+        }
+        return BatchFeature(data=arrays, tensor_type=options.return_tensors)
 
 
 def _on_pil(image_processor, name: str) -> SamImageProcessorPil:
@@ -311,7 +440,7 @@ def _default_chat_template(tokenizer) -> str:
     return template
 
 
-def _letterbox(image_processor, pictures) -> tuple[np.ndarray, np.ndarray]:
+def _letterbox(image_processor, pictures, options: dict) -> tuple[np.ndarray, np.ndarray]:
     """`(I, 3, size, size)` float32 pixels and `(I, 2)` valid rows and columns."""
     size = image_processor.size["longest_edge"]
     for picture in pictures:
@@ -320,7 +449,7 @@ def _letterbox(image_processor, pictures) -> tuple[np.ndarray, np.ndarray]:
                 f"an image may not be so elongated that its short side vanishes at {size} pixels, got "
                 f"{picture.width} wide and {picture.height} high"
             )
-    features = image_processor(pictures)
+    features = image_processor(pictures, **options)
     pixels = np.stack(features["pixel_values"]).astype(np.float32, copy=False)
     return pixels, np.asarray(features["reshaped_input_sizes"], dtype=np.int64)
 

@@ -32,6 +32,30 @@ def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
     return token_id
 
 
+def check_token_ids(config, processor) -> None:
+    """
+    See that a model and a processor mean the same tokens.
+
+    Args:
+        config: of the model, with `segment_token_id`, `reject_token_id` (`None` if it cannot reject by a token),
+            `image_token_id`, and the size of the vocabulary in its text config.
+        processor: with the same three ids, `None` where its tokenizer lacks the token.
+
+    Raises:
+        ValueError: they do not, or an id lies outside of the vocabulary.
+    """
+    size = config.get_text_config().vocab_size
+    for name in ("segment_token_id", "reject_token_id", "image_token_id"):
+        said, read = getattr(config, name), getattr(processor, name)
+        if said is None and name == "reject_token_id":
+            continue
+        if said != read or not 0 <= read < size:
+            raise ValueError(
+                f"model and processor do not belong together: for {name} the config says {said}, the tokenizer "
+                f"{read}, and the vocabulary has {size} tokens"
+            )
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """
@@ -81,4 +105,4 @@ class PromptFormat:
         )
 
 
-__all__ = ["PLACEHOLDER", "PromptFormat", "resolve_token"]
+__all__ = ["PLACEHOLDER", "PromptFormat", "check_token_ids", "resolve_token"]

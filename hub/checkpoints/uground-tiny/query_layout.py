@@ -47,7 +47,33 @@ def pair_images_with_queries(images, text) -> tuple[list, list[list[str]]]:
                 raise ValueError(f"a query must be a string, got {type(query).__name__} for image {number}")
             if not query.strip():
                 raise ValueError(f"a query must not be empty, got {query!r} for image {number}")
+            check_characters(query, "a query")
     return images, queries
+
+
+def flatten_texts(text) -> list[str]:
+    """
+    Texts without images as a list.
+
+    Raises:
+        ValueError: there are none, or one is no string.
+    """
+    texts = [text] if isinstance(text, str) else list(text) if _is_list(text) else []
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"without images, text must be a string or a list of strings, got {text!r:.200}")
+    for one in texts:
+        check_characters(one, "a text")
+    return texts
+
+
+def check_characters(text: str, name: str) -> None:
+    """Raise a `ValueError` for half a character, as a cut emoji leaves it: no tokenizer takes one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must hold whole characters, got the half {text[error.start]!a} in {text[:200]!a}"
+        ) from error
 
 
 def match_answers(answers, queries: list[list[str]]) -> list[str]:
@@ -73,6 +99,7 @@ def match_answers(answers, queries: list[list[str]]) -> list[str]:
     for answer in flat:
         if not isinstance(answer, str):
             raise ValueError(f"an answer must be a string, got {type(answer).__name__}")
+        check_characters(answer, "an answer")
     if _is_list(answers) and len(answers) == len(queries) and any(map(_is_list, answers)):
         for number, (entry, asked) in enumerate(zip(answers, queries, strict=True), start=1):
             given = len(entry) if _is_list(entry) else 1
@@ -99,4 +126,4 @@ def _unwrap(image):
     return image[0]
 
 
-__all__ = ["is_list_of_images", "match_answers", "pair_images_with_queries"]
+__all__ = ["check_characters", "flatten_texts", "is_list_of_images", "match_answers", "pair_images_with_queries"]

@@ -36,14 +36,16 @@ class ImageSession:
     """
 
     def __init__(self, model, image, processor, history: bool = False, max_turns: int = MAX_TURNS):
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
+            raise ValueError(f"max_turns must be a whole number of at least 1, got {max_turns!r}")
         self.turns: list[tuple[str, str]] = []
         self._model, self._processor, self._image = model, processor, image
         self._history, self._max_turns = history, max_turns
-        self._fingerprint = image_fingerprint(image)
+        processor.check_token_ids(model.config)
         # The prefix does not depend on the query, but a prompt needs one.
         inputs = processor(images=image, text="?").to(model.device)
+        # Only now: an image that cannot be read has been refused by name.
+        self._fingerprint = image_fingerprint(image)
         self._images = model.get_image_embeddings(**inputs)
         self._prefix = model.read_prefix(inputs["input_ids"], inputs["attention_mask"], None, self._images)
 
@@ -66,6 +68,8 @@ class ImageSession:
             raise ValueError("the image session is closed; open another one with model.image_session(image)")
         if image_fingerprint(self._image) != self._fingerprint:
             raise ValueError("the image has changed since its session was opened; open another one for the new image")
+        if not isinstance(query, (str, list, tuple)):
+            raise ValueError(f"a session is asked a string or a list of strings, got {type(query).__name__}")
         queries = [query] if isinstance(query, str) else list(query)
         if self._history and len(queries) != 1:
             raise ValueError(f"a session with history takes one query at a time, got {len(queries)}")
@@ -89,23 +93,13 @@ class ImageSession:
         """Prompts of queries; with history behind as many of the last turns as fit."""
         inputs = self._processor.encode_queries(queries)
         while self.turns:
-            conversation = self._processor.encode_queries([self._conversation(queries[0])], max_length=sys.maxsize)
+            prompt = self._processor.render_prompt(self.turns, queries[0])
+            conversation = self._processor.encode_queries([prompt], max_length=sys.maxsize)
             if conversation["input_ids"].shape[1] <= self._processor.tokenizer.model_max_length:
                 return conversation
             # The query by itself fits, so it is the history that is too long.
             self.turns.pop(0)
         return inputs
-
-    def _conversation(self, query: str) -> str:
-        messages = []
-        for asked, answer in self.turns:
-            # A conversation has one image, whatever an answer spells.
-            answer = answer.replace(self._processor.image_token, "")
-            messages.append({"role": "user", "content": [{"type": "text", "text": asked.strip()}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        messages.append({"role": "user", "content": [{"type": "text", "text": query.strip()}]})
-        messages[0]["content"].insert(0, {"type": "image"})
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def close(self) -> None:
         """Free everything the session holds; closing twice does no harm."""
@@ -139,7 +133,8 @@ class ImageSessionMixin:
             max_turns: with history, so many turns are remembered.
 
         Raises:
-            ValueError: no processor is given and the model was not loaded from a checkpoint.
+            ValueError: no processor is given and the model was not loaded from a checkpoint, or the processor's
+                tokens are not the model's.
             OSError: the checkpoint holds no processor, or the image cannot be read.
         """
         return ImageSession(self, image, self._own_processor() if processor is None else processor, history, max_turns)
@@ -150,8 +145,7 @@ class ImageSessionMixin:
             raise ValueError("image_session needs processor=…, as the model was not loaded from a checkpoint")
         # Code of the checkpoint may run exactly if the model is of that code.
         trusted = type(self).__module__.startswith(REMOTE_MODULES)
-        revision = getattr(self.config, "_commit_hash", None)
-        return AutoProcessor.from_pretrained(origin, trust_remote_code=trusted, revision=revision)
+        return AutoProcessor.from_pretrained(origin, trust_remote_code=trusted, revision=self.revision)
 
 
 def image_fingerprint(image) -> str:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .library_compat import CACHE_NAME
+
 
 def features_of_rows(lmm_inputs: dict) -> list[torch.Tensor]:
     """Image features `(n, D)` of each row, from the arguments of the LMM."""
@@ -128,7 +130,7 @@ def read_prefixes(lmm: nn.Module, lmm_inputs: dict, image_positions: torch.Tenso
     return SharedPrefix(
         keys=list(first_row),
         features=torch.stack(features),
-        cache=outputs.past_key_values,
+        cache=outputs[CACHE_NAME],
         states=outputs.hidden_states,
         image_positions=positions - starts,
         row_prefix=torch.tensor([numbers[key] for key in keys], device=device),
@@ -155,7 +157,7 @@ def continue_prefixes(prefix: SharedPrefix, lmm_inputs: dict, image_positions: t
         "input_ids": torch.cat([ids.gather(1, columns), rest], 1),
         "attention_mask": torch.cat([mask.gather(1, columns), mask[:, length:].masked_fill(padding, 0)], 1),
         "position_ids": torch.cat([positions.gather(1, columns), positions[:, length:].masked_fill(padding, 0)], 1),
-        "past_key_values": cache_of_rows(prefix.cache, prefix.row_prefix),
+        CACHE_NAME: cache_of_rows(prefix.cache, prefix.row_prefix),
     }
 
 
