@@ -126,7 +126,7 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> No
         try:
             check_token_ids(config, processor)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{source}/{CONFIG_FILE}: {error}") from error
     vocabulary = config.get_text_config().vocab_size
     if len(processor.tokenizer) > vocabulary:
         raise ValueError(

@@ -209,8 +209,10 @@ SAVING = {
     "steps": {"save_strategy": "steps", "save_steps": "1", "save_total_limit": "1"},
     "epochs": {"save_strategy": "epoch", "max_steps": "-1", "num_train_epochs": "1", "report_to": "tensorboard"},
     "at the end only": {"save_strategy": "no"},
-    # The steps are so long that the first one is the best, so that the last checkpoint goes.
+    # The steps are so long that the first one is the best, so that the last checkpoint goes. Without draws of layers,
+    # which depend on the names of the samples, and these on the folder.
     "the best": {
+        "train_layer_selection": "last",
         "save_strategy": "steps",
         "save_steps": "1",
         "save_total_limit": "1",
