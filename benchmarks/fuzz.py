@@ -39,6 +39,7 @@ from PIL import Image  # noqa: E402
 import uground  # noqa: E402
 from uground import UGroundConfig, UGroundProcessor, tiny_checkpoint  # noqa: E402
 from uground.processing.annotate import read_queries  # noqa: E402
+from uground.processing.prompt_format import PromptFormat  # noqa: E402
 
 ROOT = Path(uground.__file__).resolve().parent
 # Of each kind, how many of 100 inputs.
@@ -116,6 +117,8 @@ def query_input(rng: Random, folder: Path, checkpoint: Checkpoint) -> None:
         raise Refused from error
     if not query.strip():
         raise Wrong(f"a blank query {query!r} is taken")
+    if processor.image_token in query and PromptFormat.of(processor).generation.strip() in query:
+        return  # a whole prompt, in which an answer's special tokens are tokens
     for name, wanted in (("image", processor.num_image_tokens), ("segment", 0), ("reject", 0)):
         found = ids.count(getattr(processor, f"{name}_token_id"))
         if found != wanted:

@@ -112,6 +112,8 @@ def test_a_broken_json_file(name, way, checkpoint, tmp_path):
         ({"layer_selection": 1.5}, "layer_selection must be of type str | int, got 1.5"),
         ({"initializer_range": "x"}, "initializer_range must be of type float, got 'x'"),
         ({"id2label": 5}, "cannot be used"),
+        ({"auto_map": 5}, "auto_map must be of type dict | None, got 5"),
+        ({"auto_map": ["configuration_uground.UGroundConfig"]}, "auto_map must be of type dict | None, got ["),
     ],
 )
 def test_a_config_of_other_values(changes, message, checkpoint, tmp_path):

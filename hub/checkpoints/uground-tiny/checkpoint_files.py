@@ -83,6 +83,10 @@ def names_config(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be used ({reason_of(error)})") from error
 
 
+# What the library writes beside our fields, takes as it is, and needs when a checkpoint is saved again.
+ADDED_FIELDS = {"auto_map": dict | None, "architectures": list | None}
+
+
 def check_config_fields(content: dict, hints: dict[str, object]) -> None:
     """
     Look at the content of a `config.json`: both parts of the model are described, and fields are of their types.
@@ -97,7 +101,7 @@ def check_config_fields(content: dict, hints: dict[str, object]) -> None:
     for part in PARTS:
         _check_part(content, part)
     _check_dtypes(content, "")
-    for name, hint in hints.items():
+    for name, hint in {**hints, **ADDED_FIELDS}.items():
         # JSON has one kind of number, and a field of floats takes any.
         if name in content and not (hint is float and type(content[name]) is int):
             try:
