@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold must lie in 0..1, got {args.threshold:g}")
     image = read_image(args.image)
     pipe = load_pipeline(args.model, args.device, args.dtype)
+    # Whoever says how long an answer may become knows what happens to longer ones.
+    pipe.warns_of_cut = args.max_new_tokens is None
     selection = args.layer_selection
     results = pipe(
         image,

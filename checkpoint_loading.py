@@ -8,6 +8,7 @@ from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentat
 from uground.modeling_uground.checkpoint_files import adapter_base, check_model_files, reason_of
 from uground.processing import UGroundProcessor
 from uground.processing.processor_files import check_prompt_format
+from uground.processing.prompt_format import check_token_ids
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIG_FILE, ADAPTER_FILE, PROCESSOR_FILE = "config.json", "adapter_config.json", "processor_config.json"
@@ -121,22 +122,12 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> No
     Raises:
         ValueError: an id or a size differs, or an id lies outside of the vocabulary.
     """
+    if config.segment_token_id is not None:  # a converted model may not know its token yet
+        try:
+            check_token_ids(config, processor)
+        except ValueError as error:
+            raise ValueError(f"{source}/{CONFIG_FILE}: {error}") from error
     vocabulary = config.get_text_config().vocab_size
-    tokens = {
-        "segment_token_id": processor.segment_token,
-        "reject_token_id": processor.reject_token,
-        "image_token_id": processor.image_token,
-    }
-    for name, token in tokens.items():
-        said, known = getattr(config, name), getattr(processor, name)
-        # A model that cannot reject may have a tokenizer that could, and a converted one may not know its token yet.
-        if said is None and name != "image_token_id":
-            continue
-        if said != known or not 0 <= said < vocabulary:
-            raise ValueError(
-                f"{source}: {CONFIG_FILE} says {name} {said}, the tokenizer has {token} as number {known}, and the "
-                f"vocabulary of the model has {vocabulary} tokens"
-            )
     if len(processor.tokenizer) > vocabulary:
         raise ValueError(
             f"{source}: the tokenizer has {len(processor.tokenizer)} tokens, the vocabulary of the model {vocabulary}"

@@ -61,15 +61,15 @@ def seed_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"a seed must be a whole number in 0..{SEEDS[-1]}, got {text!r}") from None
 
 
-def checked_seed(seed: int, name: str = "seed") -> int:
+def checked_seed(seed: int, name: str = "seed", seeds: range = SEEDS) -> int:
     """
     A seed as it is.
 
     Raises:
         ValueError: it lies outside of what the random streams take.
     """
-    if seed not in SEEDS:
-        raise ValueError(f"{name} must lie in 0..{SEEDS[-1]}, got {seed}")
+    if seed not in seeds:
+        raise ValueError(f"{name} must lie in 0..{seeds[-1]}, got {seed}")
     return seed
 
 

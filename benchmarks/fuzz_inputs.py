@@ -66,7 +66,7 @@ def _broken_value(rng: Random, content):
         parent, key = value, rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
         value = parent[key]
     if parent is None:
-        return rng.choice(ODD_VALUES)
+        return _odd_value(rng)
     if rng.random() < 0.25:
         del parent[key]
     elif rng.random() < 0.2 and isinstance(parent, dict):
@@ -74,8 +74,13 @@ def _broken_value(rng: Random, content):
     elif rng.random() < 0.3 and isinstance(value, (int, float)) and not isinstance(value, bool):
         parent[key] = rng.choice([value + 1, value - 1, -value, value * 2, value + 0.5])
     else:
-        parent[key] = rng.choice(ODD_VALUES)
+        parent[key] = _odd_value(rng)
     return content
+
+
+def _odd_value(rng: Random):
+    # A copy: what is put in twice may be changed within itself.
+    return copy.deepcopy(rng.choice(ODD_VALUES))
 
 
 def odd_text(rng: Random) -> str:

@@ -44,7 +44,7 @@ def _polygons(rng: Random, size: tuple[int, int]):
     """Polygons in one of their nestings, their pixels, and which of these are too near to an outline to tell."""
     rings = []
     for _ in range(rng.choice([1, 1, 2, 3])):
-        count = rng.choice([1, 2, 3, 4, 5, 9])
+        count = rng.choice([2, 3, 4, 5, 9])  # rings of one point each would read as one ring of points
         spread = rng.choice([0.0, 0.0, 0.5])
         rings.append([[rng.uniform(-spread, 1 + spread) * side for side in size[::-1]] for _ in range(count)])
     if rng.random() < 0.2:

@@ -12,7 +12,7 @@ import argparse
 import json
 
 import torch
-from transformers import set_seed
+from accelerate.utils import set_seed
 
 from uground import tiny_checkpoint
 from uground.checkpoint_loading import load_model, load_processor

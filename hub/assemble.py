@@ -25,7 +25,7 @@ from uground.hub.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_c
 from uground.hub.streaming import Part, Target, write_weights
 from uground.hub.weight_files import WeightFiles, first_line, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
-from uground.modeling_uground.checkpoint_files import read_json_object
+from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 from uground.modeling_uground.configuration_uground import SIMILARITY_SCALINGS
 from uground.processing import UGroundProcessor, letterbox_image_processor
 
@@ -162,7 +162,8 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
         raise ValueError(
             f"The LMM {folder} is in the layout of the LLaVA code, expected that of transformers as in llava-hf/…."
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with names_config(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"The LMM {folder} must drop the class token (vision_feature_select_strategy 'default'), got "
@@ -231,7 +232,9 @@ def open_sam(source: str):
     kind = read_json_object(folder / "config.json").get("model_type")
     if kind != SamConfig.model_type:
         raise ValueError(f"The SAM {folder} must be of type {SamConfig.model_type}, got {kind}.")
-    return SamConfig.from_pretrained(folder), WeightFiles(folder, "SAM file"), sam_name
+    with names_config(folder / "config.json"):
+        config = SamConfig.from_pretrained(folder)
+    return config, WeightFiles(folder, "SAM file"), sam_name
 
 
 def _dtype_of(lmm_weights: WeightFiles) -> torch.dtype:

@@ -30,7 +30,7 @@ from uground.hub.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, h
 from uground.hub.streaming import Part, Target, write_weights
 from uground.hub.weight_files import WeightFiles, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
-from uground.modeling_uground.checkpoint_files import read_json_object
+from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 from uground.processing import UGroundProcessor, letterbox_image_processor
 
 # The released code keeps its running reward outside of the weights and loses it; a converted policy starts anew.
@@ -119,9 +119,10 @@ def convert_official(
     opened = Source.open(source, vision_tower)
     fast_tokenizer = _open_tokenizer(opened, tokenizer)
     segment_token_id, reject_token_id = _token_ids(opened, fast_tokenizer, segment_token_id, reject_token_id)
-    config = build_config(
-        opened.config, opened.weights.shapes, opened.vision, segment_token_id, reject_token_id, layer_selection
-    )
+    with names_config("config.json of the checkpoint"):
+        config = build_config(
+            opened.config, opened.weights.shapes, opened.vision, segment_token_id, reject_token_id, layer_selection
+        )
     dtype = dtype or opened.weights.dtype_of(EMBEDDINGS)
     with torch.device("meta"):
         model = UGroundForReferringSegmentation(config).to(dtype)

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from uground.hub.official_names import EMBEDDINGS, GATES, PROJECTOR, SAM_PREFIX, looks_like
 from uground.hub.sam_weights import sam_config_from_state_dict
 from uground.modeling_uground import UGroundConfig
-from uground.modeling_uground.checkpoint_files import read_json_object
+from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 
 # The official code lays the image tokens out on this grid, whatever the vision tower.
 GRID_SIDE = 24
@@ -68,7 +68,8 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
         config = config.get("vision_config") or {}
     elif kind != "clip_vision_model":
         raise ValueError(f"The vision tower {folder} must be of type clip or clip_vision_model, got {kind}.")
-    return CLIPVisionConfig(**{name: value for name, value in config.items() if name != "model_type"})
+    with names_config(folder / "config.json"):
+        return CLIPVisionConfig(**{name: value for name, value in config.items() if name != "model_type"})
 
 
 def check_vision_tower(folder: Path, vision: CLIPVisionConfig, config: dict, shapes: Mapping[str, tuple]) -> None:

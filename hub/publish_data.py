@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm import tqdm
 
 from uground.command_line import checked_seed, run_command, seed_number
 from uground.hub.commit import check_repo_id, commit_files, require_token
 from uground.hub.publish import listing
+from uground.processing.image_reading import opened_picture
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import (
     FEATURES,
@@ -245,7 +246,7 @@ def _file_rows(lines: JsonlSource) -> Iterator[dict]:
         if "history" in example:
             raise ValueError(f"{lines.name_of(index)}: several turns cannot be published, there is no column for them")
         path = lines.path.parent / lines.line(index)["image"]
-        with Image.open(path) as picture:
+        with opened_picture(path, f"{lines.name_of(index)}: its image") as picture:
             is_stored_upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
         # Else the turned pixels, which is what the masks are about.
         stored = {"bytes": path.read_bytes(), "path": path.name} if is_stored_upright else example["image"]

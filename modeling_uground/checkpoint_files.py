@@ -3,6 +3,8 @@
 import functools
 import json
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -51,8 +53,8 @@ def read_json_object(path: str | Path) -> dict:
     The object in a JSON file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it holds anything but a JSON object in UTF-8; the sentence names the file.
+        OSError: there is no such file, or it is no JSON in UTF-8; the sentence names the file.
+        ValueError: it holds another value than an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,10 +64,27 @@ def read_json_object(path: str | Path) -> dict:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = what_it_is_instead(content) or reason_of(error)
-        raise ValueError(f"{path} is no JSON file: {reason}") from error
+        raise OSError(f"{path} is no JSON file: {reason}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+@contextmanager
+def names_config(path: str | Path) -> Iterator[None]:
+    """While a configuration is made of a file: whatever its values lead to is a `ValueError` that names it."""
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # transformers raises whatever a value of another type leads it to
+        if isinstance(error, (OSError, ValueError)) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be used ({reason_of(error)})") from error
+
+
+# What the library writes beside our fields, takes as it is, and needs when a checkpoint is saved again.
+ADDED_FIELDS = {"auto_map": dict | None, "architectures": list | None}
 
 
 def check_config_fields(content: dict, hints: dict[str, object]) -> None:
@@ -82,7 +101,7 @@ def check_config_fields(content: dict, hints: dict[str, object]) -> None:
     for part in PARTS:
         _check_part(content, part)
     _check_dtypes(content, "")
-    for name, hint in hints.items():
+    for name, hint in {**hints, **ADDED_FIELDS}.items():
         # JSON has one kind of number, and a field of floats takes any.
         if name in content and not (hint is float and type(content[name]) is int):
             try:
@@ -276,7 +295,7 @@ def read_weight_map(index: Path, needed: tuple[str, ...] = ("metadata", "weight_
     """
     try:
         content = read_json_object(index)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{index} is no index of weights ({reason_of(error)})") from error
     for key in needed:
         if not isinstance(content.get(key), dict) or (key == "weight_map" and not content[key]):
@@ -300,16 +319,15 @@ def _count_tensors(file: Path) -> int:
     with file.open("rb") as opened:
         instead = what_it_is_instead(opened.read(len(LFS_POINTER)))
     if instead is not None:
-        raise OSError(f"the weights in {file} cannot be read: {instead}")
+        raise OSError(f"the weights in {file.parent} cannot be read: {file.name}: {instead}")
     if file.suffix != ".safetensors":
         return 0
     try:
         with safe_open(file, framework="pt") as tensors:
             return len(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise OSError(
-            f"the weights in {file} cannot be read, they may be cut or damaged ({reason_of(error)})"
-        ) from error
+        reason = f"{file.name} may be cut or damaged ({reason_of(error)})"
+        raise OSError(f"the weights in {file.parent} cannot be read: {reason}") from error
 
 
 def _check_extent(folder: Path, text_config: PreTrainedConfig, num_tensors: int, num_bytes: int) -> None:
@@ -331,6 +349,7 @@ __all__ = [
     "check_generation_config",
     "check_model_files",
     "is_inside",
+    "names_config",
     "own_hints",
     "read_adapter_config",
     "read_json_object",

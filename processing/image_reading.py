@@ -4,7 +4,7 @@ import base64
 import os
 import string
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -85,6 +85,21 @@ def picture_errors(name: str) -> Iterator[None]:
         raise OSError(f"{name} cannot be read: {_first_line(reason)}") from error
 
 
+@contextmanager
+def opened_picture(file, name: str) -> Iterator[Image.Image]:
+    """
+    A picture file as Pillow opens it, under [`picture_errors`].
+
+    Args:
+        file: a path, or a binary stream.
+        name: what to call it in an error message.
+    """
+    with ExitStack() as stack, picture_errors(name):
+        # A stream, as Pillow maps files that it is given by path into memory, and then mixes up turned TIFFs.
+        stream = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+        yield stack.enter_context(Image.open(stream))
+
+
 def _open(source: str, name: str) -> Image.Image:
     if source.startswith(URL_PREFIXES):
         file = BytesIO(_load(source, name))
@@ -92,10 +107,10 @@ def _open(source: str, name: str) -> Image.Image:
         file = source
     else:
         raise FileNotFoundError(f"{name} does not exist or is not a file")
-    with picture_errors(name):
-        picture = Image.open(file)
+    with opened_picture(file, name) as picture:
         picture.load()
-    return picture
+        # Its EXIF data, which say how it is turned, go along.
+        return picture.copy()
 
 
 def _is_file(source: str) -> bool:
@@ -187,4 +202,4 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-__all__ = ["picture_errors", "read_image"]
+__all__ = ["opened_picture", "picture_errors", "read_image"]

@@ -42,7 +42,8 @@ class ReferringSegmentationPipeline(Pipeline):
 
     A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
     0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
-    the image.
+    the image. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a warning is
+    logged, unless `warns_of_cut` is `False`.
     """
 
     _load_processor = True
@@ -56,7 +57,7 @@ class ReferringSegmentationPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
         check_token_ids(self.model.config, self.processor)
-        self._has_told_of_cut = False
+        self.warns_of_cut = True
         _check_loader(self._batch_size, self._num_workers)
 
     def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
@@ -66,8 +67,7 @@ class ReferringSegmentationPipeline(Pipeline):
                 dataset or iterable of such items. `image=` and `images=` are other names for it.
             text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
             batch_size (`int`): how many images go through the model at a time, with all of their queries.
-            max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says. A
-                pipeline warns once if an answer was cut.
+            max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says.
             layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
             max_rows (`int`): most queries that go through the language model at a time, see `model.segment`.
             generate_kwargs (`dict`): anything else `model.segment` should generate with.
@@ -134,8 +134,8 @@ class ReferringSegmentationPipeline(Pipeline):
     def _forward(self, input_tensors, **forward_parameters):
         outputs = self._segment(input_tensors.pop("inputs"), forward_parameters)
         cut = sum(int((~part["finished"]).sum()) for part in outputs)
-        if cut and not self._has_told_of_cut:
-            self._has_told_of_cut = True
+        if cut and self.warns_of_cut:
+            self.warns_of_cut = False
             rows = sum(len(part["finished"]) for part in outputs)
             logger.warning(f"{cut} of {rows} answers were cut and may lack segments; pass a larger max_new_tokens")
         return {**input_tensors, "outputs": outputs}

@@ -66,21 +66,27 @@ def names_tokenizer_files(source, **options) -> Iterator[None]:
     """While the tokenizer of a processor is loaded: of its files, those that do not fit their kind are named."""
     try:
         yield
-    except Exception as error:  # as above
-        if isinstance(error, OSError):
+    except BaseException as error:  # as above, and a panic of the tokenizers' Rust, which is no `Exception`
+        if isinstance(error, OSError) or not (isinstance(error, Exception) or _is_panic(error)):
             raise
         path = _find(source, TOKENIZER_FILE, options)
         if path is None or (reason := what_is_broken(path)) is not None:
             raise ValueError(f"{path or TOKENIZER_FILE} {reason or 'is missing'}") from error
         try:
             PreTrainedTokenizerFast(tokenizer_file=str(path))
-        except Exception as cause:  # as above
+        except BaseException as cause:  # as above
+            if not (isinstance(cause, Exception) or _is_panic(cause)):
+                raise
             raise ValueError(f"{path} is no tokenizer ({_one_line(cause)})") from error
         settings = _find(source, TOKENIZER_SETTINGS, options)
         where = f"the tokenizer of {source}" if settings is None else str(settings)
         if "trust_remote_code" in str(error):
             raise ValueError(f"{where} asks for code of its own (auto_map), which is not run here") from error
         raise ValueError(f"{where} cannot be used ({_one_line(error)})") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def check_image_settings(settings: dict, name: str) -> None:

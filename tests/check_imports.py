@@ -9,6 +9,9 @@ FLAT = ("modeling_uground", "processing")
 # Commands stay at home: the entry files of the Hub closure do not import them.
 COMMANDS = {"annotate.py", "annotation_inputs.py", "job_processes.py"}
 COMMAND_PACKAGES = {"uground", "datasets", "pyarrow", "pycocotools", "tqdm"}
+# Shared by all commands: they import the two flat folders, and neither training nor hub.
+SHARED = ("checkpoint_loading.py", "command_line.py")
+SHARED_PARTS = ("uground.modeling_uground", "uground.processing")
 # What files that travel to the Hub may import besides one another and the standard library.
 RUNTIME = {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate", "numpy", "PIL"}
 
@@ -41,9 +44,32 @@ def problems() -> list[str]:
                     found.append(f"{place}: may import siblings of its folder only, got {'.' * level}{module}")
                 elif level == 0 and top not in allowed and top not in sys.stdlib_module_names:
                     found.append(f"{place}: {top} is no runtime dependency")
+    for name in SHARED:
+        for line, level, module in imports_of(ROOT / name):
+            if level or (module.startswith("uground") and not module.startswith(SHARED_PARTS)):
+                found.append(f"{name}:{line}: may import {' and '.join(SHARED_PARTS)} only, got {module}")
+    paths = [ROOT / name for name in (*SHARED, "__init__.py", "__main__.py")]
     for folder in (*FLAT, "training", "hub"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            found += too_long(path)
+        paths += sorted((ROOT / folder).rglob("*.py"))
+    for path in paths:
+        found += too_long(path) + foreign_code(path)
+    return found
+
+
+def foreign_code(path: Path) -> list[str]:
+    """Calls that may run code of a checkpoint: `trust_remote_code=True`, `torch.load` of more than weights."""
+    place, found = path.relative_to(ROOT), []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if given.get("trust_remote_code") == "True":
+            found.append(f"{place}:{node.lineno}: trust_remote_code=True runs code of a checkpoint")
+        called = ast.unparse(node.func)
+        if called in ("pickle.load", "pickle.loads") or (
+            called == "torch.load" and given.get("weights_only") != "True"
+        ):
+            found.append(f"{place}:{node.lineno}: {called} of anything but weights runs what a file says")
     return found
 
 

@@ -52,6 +52,7 @@ def main() -> None:
     # The first thing imported, as a user would whose checkpoint came from the Hub.
     names: dict = {}
     snippets("README.md", names, **{"hub/checkpoints/uground-tiny": CHECKPOINT, "examples/scene.png": str(image)})
+    assert "[SEG]" in names["result"]["answer"] and names["result"]["segments"]
 
     # These leave the verbosity of transformers as it is, so they come before those that do not.
     command("uground.training.data.prepare", "scenes", "--split", "test", "--count", 2, "--output", at["prepared"])

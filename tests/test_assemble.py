@@ -1,6 +1,7 @@
 """A fresh UGround from a LLaVA and a SAM: every tensor in its place, two new tokens, and it can be trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -326,3 +327,18 @@ def test_help_explains_itself(capsys):
         build_parser().parse_args(["--help"])
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("--lmm", "--sam", "--output", "--dtype", "--similarity-scaling", "--seed"))
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value"),
+    [("lmm", "text_config", {"hidden_size": "16"}), ("lmm", "vision_config", 3), ("sam", "vision_config", "large")],
+)
+def test_a_config_of_other_values_is_named(part, place, value, parts, tmp_path, capsys):
+    for name in ("lmm", "sam"):
+        shutil.copytree(parts[name], tmp_path / name)
+    path = tmp_path / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), place: value}))
+    assert assemble(tmp_path / "lmm", tmp_path / "sam", tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"assemble: error: {path} cannot be used (") and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,7 +1,6 @@
 """The bundled checkpoint does the main job, carries the code of this package, and runs where the package is not."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,17 +110,6 @@ def test_the_checkpoint_is_small_and_its_card_tells_its_figures():
     card = (folder / "README.md").read_text()
     assert f"{figures['ciou']:.3f}" in card or f"{100 * figures['ciou']:.1f}" in card
     assert "OSU-NLP-Group/UGround" in card
-
-
-def test_the_python_of_the_readme_runs(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) >= 3
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["result"]["segments"]
-    assert "[SEG]" in capsys.readouterr().out
 
 
 def test_the_command_of_the_readme_answers(monkeypatch, capsys):

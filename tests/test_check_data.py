@@ -94,7 +94,7 @@ BAD_RECORDS = [
     ({**ONE, "answer": "[SEG] [SEG]"}, r"holds 2 \[SEG\], expected one for each of its 1 masks"),
     ({"image": None, "masks": []}, "image must be the path of a picture, got None"),
     ({"image": "folder", "masks": []}, "folder' does not exist or is not a file"),
-    ({"image": "x" * 5000, "masks": []}, "File name too long"),
+    ({"image": "x" * 5000, "masks": []}, "does not exist or is not a file"),
     ({"image": "a\ud83d.png", "masks": []}, "image holds .*, half of a character"),
     ({"image": "thin.png", "masks": []}, "an image may not be so elongated"),
     ({"image": "pixel.png", "masks": []}, "must be at least 2 pixels wide and high"),

@@ -112,6 +112,8 @@ def test_a_broken_json_file(name, way, checkpoint, tmp_path):
         ({"layer_selection": 1.5}, "layer_selection must be of type str | int, got 1.5"),
         ({"initializer_range": "x"}, "initializer_range must be of type float, got 'x'"),
         ({"id2label": 5}, "cannot be used"),
+        ({"auto_map": 5}, "auto_map must be of type dict | None, got 5"),
+        ({"auto_map": ["configuration_uground.UGroundConfig"]}, "auto_map must be of type dict | None, got ["),
     ],
 )
 def test_a_config_of_other_values(changes, message, checkpoint, tmp_path):
@@ -131,7 +133,7 @@ def test_a_float_may_be_written_as_a_whole_number(checkpoint, tmp_path):
         ({"lmm_config.text_config.hidden_size": 10**30}, "but the weights have"),
         ({"lmm_config.text_config.vocab_size": 10**12}, "shape (1000000000000, 16), but the weights have"),
         ({"lmm_config.text_config.num_hidden_layers": 10**9}, "num_hidden_layers 1000000000, but the weights hold"),
-        ({"lmm_config.text_config.vocab_size": -5}, "no model can be built of the config.json of"),
+        ({"lmm_config.text_config.vocab_size": -5}, "must lie in the vocabulary of -5 tokens"),
         ({"lmm_config.text_config.hidden_act": "nonesuch"}, "no model can be built of the config.json of"),
         ({"lmm_config.vision_config.patch_size": 0}, "no model can be built of the config.json of"),
     ],
@@ -234,11 +236,19 @@ def test_a_chat_template_that_lacks_what_a_prompt_needs(text, checkpoint, tmp_pa
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        (CONFIG, {"segment_token_id": 5}, "says segment_token_id 5, the tokenizer has [SEG] as number 38"),
-        (CONFIG, {"segment_token_id": 10**6}, "says segment_token_id 1000000, the tokenizer has [SEG] as number 38"),
-        (CONFIG, {"segment_token_id": -1}, "says segment_token_id -1, the tokenizer has [SEG] as number 38"),
-        (CONFIG, {"reject_token_id": 38}, "says reject_token_id 38, the tokenizer has [REJ] as number 37"),
-        (CONFIG, {"lmm_config.image_token_index": 7}, "says image_token_id 7, the tokenizer has <image> as number 39"),
+        (
+            CONFIG,
+            {"segment_token_id": 5},
+            "segment_token_id the config says 5, the tokenizer 38, and the vocabulary",
+        ),
+        (CONFIG, {"segment_token_id": 10**6}, "segment_token_id must lie in the vocabulary of 40 tokens, got 1000000"),
+        (CONFIG, {"segment_token_id": -1}, "segment_token_id must lie in the vocabulary of 40 tokens, got -1"),
+        (CONFIG, {"reject_token_id": 38}, "segment_token_id and reject_token_id must differ, got 38 for both"),
+        (
+            CONFIG,
+            {"lmm_config.image_token_index": 7},
+            "image_token_id the config says 7, the tokenizer 39, and the",
+        ),
         (
             PROCESSOR,
             {"patch_size": 4},
@@ -259,7 +269,7 @@ def test_a_model_and_a_processor_that_do_not_belong_together(name, changes, mess
 def test_ids_are_held_against_the_vocabulary(checkpoint, tmp_path):
     changes = {"lmm_config.text_config.vocab_size": 38}
     folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
-    assert "the vocabulary of the model has 38 tokens" in refusal(load_processor, folder, CONFIG)
+    assert "must lie in the vocabulary of 38 tokens, got 38" in refusal(load_processor, folder, CONFIG)
 
 
 def test_a_command_says_it_in_one_line(checkpoint, tmp_path, capsys):
@@ -270,7 +280,7 @@ def test_a_command_says_it_in_one_line(checkpoint, tmp_path, capsys):
     assert command.main([str(image), "the cup", "--model", str(folder)]) == 2
     reason = "it is a pointer of Git LFS, fetch the file itself with `git lfs pull`"
     printed = capsys.readouterr().err
-    assert printed == f"uground: error: the weights in {folder / WEIGHTS} cannot be read: {reason}\n"
+    assert printed == f"uground: error: the weights in {folder} cannot be read: {WEIGHTS}: {reason}\n"
 
 
 @pytest.fixture
@@ -315,7 +325,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter):
     with pytest.raises(ValueError, match="the adapter in .* does not fit its base"):
         load_model(folder)
     path.write_bytes(POINTER)
-    with pytest.raises(OSError, match="adapter_model.safetensors cannot be read: it is a pointer of Git LFS"):
+    with pytest.raises(OSError, match="adapter_model.safetensors: it is a pointer of Git LFS"):
         load_model(folder)
 
 

@@ -345,9 +345,7 @@ def test_a_finished_folder_is_not_overwritten_by_other_settings(checkpoint, tmp_
     # as an earlier version left it
     del results["settings"]
     (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(
-        ValueError, match="holds a finished evaluation with max_new_tokens=4, got 5; name"
-    ):
+    with pytest.raises(ValueError, match="holds a finished evaluation with max_new_tokens=4, got 5; name"):
         evaluate(settings(checkpoint, count=2, output=str(tmp_path), max_new_tokens=5))
     assert evaluate(finished)["figures"] == results["figures"]
     assert (tmp_path / "results.json").read_bytes() == kept

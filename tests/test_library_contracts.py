@@ -5,6 +5,7 @@ The docstring of a check says why it stands. `HOOKS` are methods of libraries th
 library calls: one that was renamed would be passed over in silence.
 """
 
+import ast
 import copy
 import inspect
 import re
@@ -13,10 +14,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 import trl
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
@@ -28,7 +30,15 @@ from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_mode
 from tiny_processor import tiny_processor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoModel, GenerationConfig, Pipeline, PreTrainedModel, ProcessorMixin, Trainer
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    Pipeline,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Trainer,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.convert_slow_tokenizer import import_protobuf
@@ -40,7 +50,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from transformers.tokenization_utils_base import generate_merges
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import cached_file
-from transformers.utils.hub import PushInProgress, PushToHubMixin
+from transformers.utils.hub import PushInProgress, PushToHubMixin, cached_files
 from trl import SFTTrainer
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -48,8 +58,15 @@ import uground
 from uground.modeling_uground.library_compat import CACHE_NAME, HUB_KERNEL_MESSAGE
 from uground.modeling_uground.lmm_access import prepare_lmm_inputs
 from uground.modeling_uground.shared_prefix import cache_of_rows
+from uground.training.metric_modules.counting_metric import CountingMetric
+from uground.training.trainer import UGroundTrainer
 
 ROOT = Path(uground.__file__).parent
+PARTS = ("modeling_uground", "processing", "training", "hub")
+ATTENTION_FLAGS = {
+    "_sdpa_can_dispatch": "_supports_sdpa",
+    "_flash_attn_can_dispatch": "_supports_flash_attn",
+}
 PROMPT = torch.tensor([[1] + [IMAGE_TOKEN] * 16 + [5, 6]])
 
 # Owner and name of the method that is overridden, its parameters, who calls it, and what would go wrong in silence.
@@ -79,6 +96,7 @@ HOOKS = [
     ),
     (PreTrainedModel, "_init_weights", "module", PreTrainedModel._initialize_weights, "gates would begin at random"),
     (Pipeline, "_sanitize_parameters", "", Pipeline.__call__, "arguments of a call would go nowhere"),
+    (Pipeline, "_forward", "input_tensors", Pipeline.forward, "a pipeline would not segment"),
     (Pipeline, "get_iterator", "inputs num_workers batch_size", Pipeline.__call__, "batches would be cut by rows"),
     (Pipeline, "run_single", "inputs preprocess_params", Pipeline.__call__, "one item would go another way"),
     (Metric, "_info", "", Metric.__init__, "a metric would not know its protocol"),
@@ -272,8 +290,35 @@ def one_revision_for_all_that_is_loaded(model, folder):
 @check
 def a_missing_file_is_no_error(model, folder):
     """`cached_file` says `None` with its private switches: code that is nowhere is left out."""
-    switches = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    assert cached_file("nobody/nothing", "processing_uground.py", **dict.fromkeys(switches, False)) is None
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    switches = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    assert takes(cached_files, *switches)
+    assert cached_file("nobody/nothing", "processing_uground.py", **switches) is None
+
+
+@check
+def configurations_are_read_by_one_method(model, folder):
+    """`_dict_from_json_file` reads every config.json, and `_decode_special_floats` its infinities."""
+    assert uses(PreTrainedConfig._get_config_dict.__func__, "_dict_from_json_file")
+    assert PreTrainedConfig._decode_special_floats({"a": {"__float__": "Infinity"}}) == {"a": float("inf")}
+
+
+@check
+def classes_say_what_they_can(model, folder):
+    """Attention is admitted by `_supports_…` and told by `_attn_implementation`; `_no_split_modules` stay whole."""
+    assert model.config.lmm_config.text_config._attn_implementation in ("eager", "sdpa")
+    assert all(uses(getattr(PreTrainedModel, method), flag) for method, flag in ATTENTION_FLAGS.items())
+    assert hasattr(PreTrainedModel, "_supports_attention_backend") and "MaskDecoder" in model._no_split_modules
+
+
+@check
+def hidden_states_are_collected_by_hooks(model, folder):
+    """Hooks of `output_capturing` lie in `_forward_hooks`, with `_output_capturing_hooks_installed`: no pickle."""
+    fresh = tiny_model()
+    fresh.lmm(PROMPT, pixel_values=torch.ones(1, 3, 32, 32), output_hidden_states=True)
+    hooks = [hook for module in fresh.modules() for hook in module._forward_hooks.values()]
+    assert hooks and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
+    assert any("_output_capturing_hooks_installed" in vars(module) for module in fresh.modules())
 
 
 @check
@@ -339,10 +384,11 @@ def sam_is_called_by_its_parts(model, folder):
 
 @check
 def a_pipeline_says_what_it_loads(model, folder):
-    """`_load_…` switches keep a pipeline from loading a tokenizer twice; `_…_params` hold what it was made with."""
-    kinds = ("processor", "tokenizer", "image_processor", "feature_extractor", "video_processor")
-    assert all(getattr(Pipeline, f"_load_{kind}", "gone") is None for kind in kinds)
-    assert all(uses(Pipeline.__init__, f"_{part}_params") for part in ("preprocess", "forward", "postprocess"))
+    """`_load_…` switches keep a pipeline from loading a tokenizer twice; the others hold what it was made with."""
+    switches = ("_load_processor", "_load_tokenizer", "_load_image_processor", "_load_feature_extractor")
+    assert all(getattr(Pipeline, switch, "gone") is None for switch in (*switches, "_load_video_processor"))
+    for name in ("_forward_params", "_postprocess_params", "_batch_size", "_num_workers"):
+        assert uses(Pipeline.__init__, name) and uses(Pipeline.__call__, name)
 
 
 # --- transformers, TRL, peft: training
@@ -386,6 +432,23 @@ def peft_wraps_and_unwraps(model, folder):
     names = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for part in ("lora_A", "layer_policy.gates", "trainable_tokens_delta"):
         assert any(part in name for name in names), part
+
+
+@check
+def marks_of_training_are_known(model, folder):
+    """What training leaves on modules, for us to take off: accelerate's two, and those of checkpointing."""
+    assert uses(Accelerator.prepare_model, "_original_forward")
+    assert uses(Accelerator.prepare_model, "_is_accelerate_prepared")
+    checkpointed = tiny_model()
+    checkpointed.activation_checkpointing_enable()
+    marked = [vars(module) for module in checkpointed.modules() if "_gradient_checkpointing_func" in vars(module)]
+    assert marked and all(marks["gradient_checkpointing"] for marks in marked)
+
+
+@check
+def bitsandbytes_packs_for_cpus(model, folder):
+    """`support_avx512bf16_for_cpu` of a 4-bit layer says whether its weights are packed anew in evaluation."""
+    assert hasattr(bitsandbytes.nn.Linear4bit(8, 8), "support_avx512bf16_for_cpu")
 
 
 @check
@@ -442,7 +505,56 @@ def test_contract(contract, model, folder):
         contract(model, folder)
 
 
-# --- versions
+# --- nothing left out
+
+# Documented, or made by Python.
+PUBLIC = {"_asdict", "_abc_impl"}
+OURS = (
+    uground.UGroundForReferringSegmentation,
+    uground.UGroundConfig,
+    uground.UGroundProcessor,
+    uground.ReferringSegmentationPipeline,
+    UGroundTrainer,
+    CountingMetric,
+)
+
+
+def _foreign_names() -> set[str]:
+    """Private names that the package uses and does not define."""
+    used, own = set(), set()
+    for path in [*ROOT.glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]:
+        if "checkpoints" in path.parts:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        pieces = {piece for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, (ast.Attribute, ast.Name)):
+                name = node.attr if isinstance(node, ast.Attribute) else node.id
+                (used if isinstance(node.ctx, ast.Load) else own).add(name)
+            elif isinstance(node, (ast.keyword, ast.arg)):
+                (used if isinstance(node, ast.keyword) else own).add(node.arg or "")
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in pieces:
+                used.add(node.value)
+    return {name for name in used - own if re.fullmatch(r"_[a-z]\w+", name)}
+
+
+def _overridden_names() -> set[str]:
+    """Private names of libraries that our classes define anew."""
+    found = set()
+    for cls in OURS:
+        own = [base for base in cls.__mro__ if base.__module__.startswith("uground.")]
+        foreign = {name for base in cls.__mro__ if base not in own for name in vars(base)}
+        found |= {name for base in own for name in vars(base) if re.fullmatch(r"_[a-z]\w+", name)} & foreign
+    return found
+
+
+def test_every_private_name_of_a_library_stands_here():
+    here = set(re.findall(r"\w+", Path(__file__).read_text(encoding="utf-8")))
+    names = _foreign_names() | _overridden_names()
+    assert len(names) > 20
+    assert names - PUBLIC <= here | {f"_raise_exceptions_for_{kind}" for kind in here}
 
 
 def test_the_floors_are_the_bounds_of_setup():

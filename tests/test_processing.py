@@ -10,7 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_processor import WORDS, gradient_image, tiny_processor, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast
@@ -456,3 +456,18 @@ def test_too_long_query_is_refused_and_nothing_is_cut(processor):
 def test_image_token_in_a_plain_query_is_refused(processor):
     with pytest.raises(ValueError, match="text 1 holds <image>, so it must be a whole prompt"):
         processor(gradient_image(4, 4), "<image> the red cup")
+
+
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_turned_tiff_is_read_alike_from_a_path_and_from_a_stream(tmp_path, mode, orientation):
+    """Pillow maps a file that is given by its path into memory, and then mixes up the rows of turned ones."""
+    stored = Image.fromarray((np.arange(21) * 12).astype(np.uint8).reshape(3, 7)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.tiff", exif=exif)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "turned.png")).convert("RGB"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "turned.tiff")), expected)
+    with open(tmp_path / "turned.tiff", "rb") as stream:
+        assert np.array_equal(np.asarray(read_image(Image.open(stream))), expected)

@@ -207,7 +207,7 @@ def test_system_messages_are_written_and_unknown_roles_refused(bundled):
         led = one.apply_chat_template([system, query], add_generation_prompt=True)
         assert led == "Be brief. USER: <image>\nx ASSISTANT:"
         for messages in ([query, system], [{"role": "tool", "content": "x"}]):
-            with pytest.raises(Exception, match="the chat template knows the roles user, assistant and"):
+            with pytest.raises(ValueError, match="the chat template knows the roles user, assistant and"):
                 one.apply_chat_template(messages)
 
 

@@ -175,7 +175,7 @@ def add_adapter(folder):
         (spoil_metadata, "the metadata of the model card cannot be read"),
         (link_outside, "may only hold files of its own, example.png lead out of it"),
         (index_outside, "must name files beside it, got '../elsewhere.safetensors'"),
-        (make_other_model, "must be of model_type 'uground', got 'llava'"),
+        (make_other_model, "must be of type 'uground', got 'llava'"),
         (add_adapter, "holds an adapter: publish it with --adapter"),
         (shutil.rmtree, "is no folder"),
     ],

@@ -213,7 +213,7 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
     if done and done >= trainer.total_steps():
         trainer.load_finished(config.output_dir, done)
         if trainer.is_world_process_zero():
-            print(f"the run in {config.output_dir} is finished, with {done} steps: nothing is trained or written")
+            print(f"the run in {config.output_dir} is finished at step {done}: nothing is trained or written")
         return trainer
     # Before anybody changes what others look for.
     trainer.accelerator.wait_for_everyone()

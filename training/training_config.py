@@ -7,14 +7,15 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from uground.command_line import checked_seed
 from uground.training.grounding_loss import MapTarget
 from uground.training.losses import LossWeights
 
 # Frozen as in the official scripts: the LMM's vision tower, and what SAM makes of an image before any prompt.
 FROZEN = ("vision_tower", "vision_encoder", "shared_image_embedding", "shared_embedding")
 TRAIN_LAYER_SELECTIONS = ("sample", "last")
-# Seeds of numpy's global generator, which `seed` is for as well, have 32 bits; those of PyTorch's generators 64.
-SEED_LIMITS = {"seed": 2**32, "data_seed": 2**63}
+# The order of the data is drawn by a generator of PyTorch alone, which takes more than NumPy's.
+DATA_SEEDS = range(2**63)
 
 
 @dataclass
@@ -90,10 +91,9 @@ class UGroundTrainingConfig(SFTConfig):
             raise ValueError(
                 f"train_layer_selection must be one of {TRAIN_LAYER_SELECTIONS}, got {self.train_layer_selection!r}"
             )
-        for name, limit in SEED_LIMITS.items():
-            seed = getattr(self, name)
-            if seed is not None and not 0 <= seed < limit:
-                raise ValueError(f"{name} must be in 0..{limit - 1}, got {seed}")
+        checked_seed(self.seed)
+        if self.data_seed is not None:
+            checked_seed(self.data_seed, "data_seed", DATA_SEEDS)
         for name in ("policy_samples", "eval_max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from uground.processing.image_reading import picture_errors, read_image
+from uground.processing.image_reading import opened_picture, picture_errors, read_image
 from uground.processing.text_lines import looks_wide
 
 ORIENTATION_TAG, TIFF_SIZE_TAGS = 0x0112, (256, 257)
@@ -146,7 +146,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         OSError: the file is missing or no picture. ValueError: it has more pixels than Pillow decodes.
     """
-    with picture_errors(f"the image {path}"), Image.open(path) as picture:
+    with opened_picture(path, f"the image {path}") as picture:
         width, height = picture.size
         if picture.format == "TIFF":
             # Pillow turns the size of these, but not the pixels until they are read.
@@ -190,7 +190,7 @@ def open_image(image, size: tuple[int, int] | None, name: str) -> Image.Image:
     if size is None or (upright.height, upright.width) == tuple(size):
         return upright
     if orientation is None:
-        with picture_errors(f"{name}: its image"), Image.open(image) as stored:
+        with opened_picture(image, f"{name}: its image") as stored:
             orientation = _orientation(stored)
     # Tools that ignore EXIF annotate the stored pixels.
     if orientation in UNTURN and upright.size == tuple(size):

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from uground.processing.image_reading import picture_errors
+from uground.processing.image_reading import opened_picture
 from uground.training.data.files import checked_root
 from uground.training.data.masks import encode_mask, is_empty, read_mask, shown
 from uground.training.data.prepared import open_parquet, parquet_rows
@@ -88,7 +87,7 @@ def _picture_size(content, name: str) -> tuple[int, int]:
     """Height and width of a picture as it is stored; masks of these copies were drawn on that."""
     if not isinstance(content, bytes):
         raise ValueError(f"{name}: its image must hold the bytes of a picture, got {shown(content)}")
-    with picture_errors(f"{name}: its image"), Image.open(io.BytesIO(content)) as picture:
+    with opened_picture(io.BytesIO(content), f"{name}: its image") as picture:
         return picture.height, picture.width
 
 

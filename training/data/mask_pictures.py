@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from uground.processing.image_reading import picture_errors
+from uground.processing.image_reading import opened_picture
 from uground.training.data.masks import check_same_size, encode_mask, is_whole, shown
 
 COLOURS = ("red", "green", "blue")
@@ -68,7 +68,7 @@ def read_mask_picture(given: str | Mapping, size: tuple[int, int], folder: Path,
     """
     file, value, channel = _choice({"png": given} if isinstance(given, str) else given, name)
     path = folder / file
-    with picture_errors(f"{name}: the mask file {path}"), Image.open(path) as opened:
+    with opened_picture(path, f"{name}: the mask file {path}") as opened:
         is_lossy = opened.format in LOSSY
         layers = _layers(ImageOps.exif_transpose(opened))
     name = f"{name}: the mask {path}"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from uground.processing.image_reading import picture_errors
+from uground.processing.image_reading import opened_picture
 from uground.training.data.class_names import ADE20K, COCO_STUFF
 from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
 from uground.training.data.masks import encode_mask, is_empty, read_mask, shown, union_mask
@@ -88,7 +87,7 @@ def _mapillary_names(root: Path) -> tuple[str, ...]:
 
 def _read_labels(path: Path) -> np.ndarray:
     """The label map `(H, W)` of a file: numbers of a palette count as they are, whatever their colours."""
-    with picture_errors(f"the label map {path}"), Image.open(path) as opened:
+    with opened_picture(path, f"the label map {path}") as opened:
         labels = np.asarray(opened)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(

@@ -166,10 +166,19 @@ class UGroundProcessor(ProcessorMixin):
 
         In the users' turns of this processor's own template special tokens are text. Under another `chat_template`
         whose words are whose is not known, so that there every special token counts.
+
+        Raises:
+            ValueError: the template refuses the conversation, or cannot be read.
         """
         if kwargs.get("tokenize"):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "is_prompt": True}
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except Exception as error:
+            # Of a library that transformers needs for this only.
+            if not type(error).__module__.startswith("jinja2."):
+                raise
+            raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
     def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
         """
