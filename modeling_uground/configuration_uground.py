@@ -85,8 +85,8 @@ class UGroundConfig(PreTrainedConfig):
         image_frame (`str`, defaults to `"letterbox"`):
             What the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
         mask_head (`str`, *optional*):
-            What turns segments into masks: `"sam"`, which is the default with a `sam_config`; without one there is none,
-            and a segment is its similarity map.
+            What turns segments into masks: `"sam"`, which is the default with a `sam_config`; without one there is
+            none, and a segment is its similarity map.
         prompts (`tuple[str]`, *optional*):
             What the mask head gets of each segment: the projected segment state (`"embedding"`), the similarity map
             (`"mask"`), points where it is high and low (`"points"`). By default embedding and mask, and without a mask

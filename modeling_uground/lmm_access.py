@@ -75,7 +75,10 @@ class LmmAdapter:
         raise NotImplementedError
 
     def token_validity(self, valid_sizes: torch.Tensor) -> torch.Tensor:
-        """Image tokens that see image and not padding only: `(I, 2)` rows and columns that are image to `(I, h, w)`."""
+        """
+        Image tokens that see image and not padding only: `(I, 2)` rows and columns of the frame that are image to
+        `(I, h, w)` bool.
+        """
         raise NotImplementedError
 
     def encode(self, lmm: nn.Module, pixel_values: torch.Tensor, token_valid: torch.Tensor) -> torch.Tensor:

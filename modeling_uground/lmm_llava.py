@@ -12,8 +12,8 @@ class LlavaAdapter(LmmAdapter):
     """
     LLaVA-1.5 and its like.
 
-    Under `letterbox`, padded patches are masked as keys in the tower and in the language model, as UGround was trained;
-    under `centre_crop` (LISA, SESAME, READ) and `stretch` there is no padding.
+    Under `letterbox`, padded patches are masked as keys in the tower and in the language model, as UGround was
+    trained; under `centre_crop` (LISA, SESAME, READ) and `stretch` there is no padding.
     """
 
     frames = ("letterbox", "centre_crop", "stretch")

@@ -39,8 +39,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     An image and a sentence in, words and masks out.
 
     Parts: `lmm` (the vision-language trunk), `layer_policy` (which layer a segment leaves through),
-    `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (the mask head). A part that the config does
-    not ask for is `None`.
+    `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (the mask head). A part that the config
+    does not ask for is `None`.
     """
 
     @refuses_bad_config
@@ -191,8 +191,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             layer_index (`(N,)`, *optional*): forces the layer of each segment.
             layer_selection (`str` or `int`, *optional*): replaces `config.layer_selection` for this call.
             num_layer_samples (`int`, *optional*): replaces `config.num_layer_samples` for this call.
-            layer_uniforms (`(k, M)`, in [0, 1), *optional*): draws k layers for each of the first M segments with these
-            numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and `other_maps`.
+            layer_uniforms (`(k, M)`, in [0, 1), *optional*): draws k layers for each of the first M segments with
+            these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and `other_maps`.
             image_embeddings (*optional*): of [`get_image_embeddings`], instead of the image inputs.
             sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of an earlier pass over these images, which then are not
             encoded by SAM.
@@ -244,7 +244,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         image_states = ImageStates(hidden_states, rows.image_columns)
         device = states.device
         image = rows.image_index.to(device)[row.to(device)]
-        return Segments(row.to(device), states, image, row.to(device), image_states, rows.images)
+        row = row.to(device)
+        return Segments(row, states, image, row, image_states, rows.images, columns.to(device))
 
     def _text_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -428,8 +429,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         if image_embeddings is None:
             if not image_inputs or any(value is None for value in image_inputs):
                 raise ValueError(
-                    "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and "
-                    "original_sizes"
+                    "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes "
+                    "and original_sizes"
                 )
             image_embeddings = self.get_image_embeddings(
                 *image_inputs, input_ids=input_ids, image_index=image_index, sam_embeddings=sam_embeddings

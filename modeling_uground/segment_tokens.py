@@ -24,6 +24,7 @@ class Segments:
         token_row (`(N,)`, int64): row of `image_states` that holds the image tokens of each.
         image_states: of the image tokens.
         images: the encoded images.
+        columns (`(N, K)`, int64, *optional*): of these positions, for segments of a teacher-forced pass.
     """
 
     row: torch.Tensor
@@ -32,6 +33,7 @@ class Segments:
     token_row: torch.Tensor
     image_states: ImageStates
     images: UGroundImageEmbeddings
+    columns: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.row.shape[0]
@@ -39,7 +41,7 @@ class Segments:
     def select(self, segments: torch.Tensor) -> "Segments":
         """Some of them, by their numbers, which may repeat."""
         chosen = {name: getattr(self, name)[segments] for name in ("row", "states", "image", "token_row")}
-        return replace(self, **chosen)
+        return replace(self, columns=None, **chosen)
 
 
 @dataclass

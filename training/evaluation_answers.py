@@ -13,13 +13,6 @@ import numpy as np
 import torch
 
 from uground.modeling_uground.generation_uground import WrittenAnswers
-from uground.modeling_uground.image_rows import resolve_image_index
-from uground.modeling_uground.lmm_access import (
-    find_segments,
-    gather_layer_states,
-    image_token_positions,
-    prepare_lmm_inputs,
-)
 from uground.training.data.masks import decode_mask
 
 STYLES = ("generate", "teacher-forced")
@@ -105,7 +98,7 @@ def predict(
             model.get_image_embeddings(**inputs),
             max_new_tokens=max_new_tokens,
         )
-        rejected = torch.zeros(len(answers.rows), dtype=torch.bool)
+        rejected = torch.zeros(len(answers.segments), dtype=torch.bool)
     flat_queries = [examples[number]["query"] for number in order]
     predictions = {}
     for layer in layers:
@@ -113,7 +106,7 @@ def predict(
         results = processor.post_process_instance_segmentation(outputs, queries=flat_queries)
         found: list[Prediction | None] = [None] * len(examples)
         for row, (number, result) in enumerate(zip(order, results, strict=True)):
-            flags = rejected[(answers.rows == row).cpu()].tolist()
+            flags = rejected[(answers.segments.row == row).cpu()].tolist()
             found[number] = _prediction(processor, examples[number], result, flags, forced and forced[number])
         predictions[layer] = found
     return predictions
@@ -177,32 +170,20 @@ def force_answers(model, processor, inputs) -> tuple[WrittenAnswers, torch.Tenso
     """
     images = model.get_image_embeddings(**inputs)
     input_ids = inputs["input_ids"]
-    image_index = resolve_image_index(inputs.get("image_index"), len(input_ids), len(images.lmm_features))
-    positions = image_token_positions(input_ids, model.config.image_token_id, images.lmm_features.shape[1])
-    lmm_inputs = prepare_lmm_inputs(
-        input_ids,
-        inputs["attention_mask"],
-        positions,
-        images.lmm_features[image_index],
-        images.token_valid[image_index],
-    )
-    outputs = model.lmm(**lmm_inputs, output_hidden_states=True, use_cache=False)
-    rows, columns = find_segments(input_ids, model.config.segment_token_id)
-    logits = outputs.logits[rows, columns].float()
+    rows = model.prepare_rows(input_ids, inputs["attention_mask"], inputs.get("image_index"), images)
+    outputs = model.lmm(**rows.lmm_inputs(), output_hidden_states=True, use_cache=False)
+    segments = model.segments_of(rows, outputs.hidden_states)
+    logits = outputs.logits[segments.row, segments.columns[:, 0]].float()
     # The placeholder of images has an id but is never written.
     logits[:, model.config.image_token_id] = -torch.inf
-    rejected = torch.zeros(len(rows), dtype=torch.bool)
+    rejected = torch.zeros(len(segments), dtype=torch.bool)
     if processor.reject_token_id is not None:
         rejected = (logits[:, processor.reject_token_id] > logits[:, processor.segment_token_id]).cpu()
     answers = WrittenAnswers(
         sequences=input_ids,
         prompt_length=input_ids.shape[1],
-        rows=rows,
         token_scores=logits.softmax(-1)[:, processor.segment_token_id],
-        segment_states=gather_layer_states(outputs.hidden_states, rows, columns),
-        prompt_states=outputs.hidden_states,
-        image_positions=positions,
-        images=images,
-        image_index=image_index,
+        image_index=rows.image_index,
+        segments=segments,
     )
     return answers, rejected
