@@ -111,7 +111,7 @@ def test_states_of_sampled_answers(images, num_ids):
     # Of these two tokens only, so that runs of three are written too.
     only = [token for token in range(40) if token not in (S, 9)]
     torch.manual_seed(0)
-    settings = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 12, "suppress_tokens": only}
+    settings = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 30, "suppress_tokens": only}
     answers = write(model, inputs, **settings)
     assert len(assert_states_of(answers, model, inputs, num_ids)) > 2
     torch.manual_seed(1)
@@ -139,9 +139,8 @@ def test_a_call_keeps_the_layers_that_its_rule_can_read(selection, layers, image
 
     monkeypatch.setattr(model, "_read_masks", watch)
     processor = Write(ANSWERS, inputs["input_ids"].shape[1])
-    model.segment(**inputs, logits_processor=LogitsProcessorList([processor]), max_new_tokens=6, **{
-        "layer_selection": selection
-    })  # fmt: skip
+    settings = {"logits_processor": LogitsProcessorList([processor]), "max_new_tokens": 6}
+    model.segment(**inputs, **settings, layer_selection=selection)
     assert kept == [[*layers]]
 
 
