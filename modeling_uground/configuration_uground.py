@@ -170,7 +170,11 @@ class UGroundConfig(PreTrainedConfig):
 
     def _check_settings(self):
         given = self.prompts
-        if not isinstance(given, tuple) or any(prompt not in PROMPTS for prompt in given) or len({*given}) < len(given):
+        if (
+            not isinstance(given, tuple)
+            or any(prompt not in PROMPTS for prompt in given)
+            or len({*given}) < len(given)
+        ):
             raise ValueError(f"prompts must be of {tuple(PROMPTS)}, each at most once, got {given!r}")
         for name, value, allowed in (
             ("similarity_scaling", self.similarity_scaling, SIMILARITY_SCALINGS),

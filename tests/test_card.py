@@ -102,6 +102,22 @@ def test_settings_show(folder):
     assert "it has no token to say so" in text
 
 
+def test_parts_that_are_left_out_show(folder):
+    for settings, present, absent in (
+        ({}, ["- layer policy over 5 layer states", "- SAM with a frame of 64 pixels, prompted by embedding"], "no "),
+        ({"sam_config": None}, ["- layer policy over", "- no mask head: a segment is its similarity map"], "- SAM"),
+        (
+            {"layer_policy": False, "layer_selection": 3},
+            ['- no layer policy, `layer_selection="3"` of 5 layer states', "- SAM with a frame"],
+            "- layer policy",
+        ),
+    ):
+        tiny_config(**settings).save_pretrained(folder)
+        parts = build_card(folder).text.split("## Parts")[1].split("## ")[0]
+        assert all(text in parts for text in [*present, "images of 32 pixels as 4 × 4 tokens"])
+        assert absent not in parts
+
+
 def test_card_survives_the_library(folder):
     (folder / "results.json").write_text(json.dumps(RESULTS))
     card = ModelCard.load(write_card(folder, repo_id="someone/tiny"))

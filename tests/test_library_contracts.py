@@ -56,8 +56,8 @@ from trl import SFTTrainer
 from trl.trainer.base_trainer import _BaseTrainer
 
 import uground
-from uground.modeling_uground.library_compat import CACHE_NAME, HUB_KERNEL_MESSAGE
 from uground.modeling_uground.layer_states import LayerHooks
+from uground.modeling_uground.library_compat import CACHE_NAME, HUB_KERNEL_MESSAGE
 from uground.modeling_uground.shared_prefix import cache_of_rows
 from uground.training.metric_modules.counting_metric import CountingMetric
 from uground.training.trainer import UGroundTrainer

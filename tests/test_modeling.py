@@ -6,8 +6,8 @@ from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, VOCAB_SIZE, tiny_config, tiny_input
 from torch.nn import functional as F
 
 from uground.modeling_uground import UGroundForReferringSegmentation, UGroundOutput
-from uground.modeling_uground.layer_policy import select_layers
 from uground.modeling_uground.image_frames import ImageFrame
+from uground.modeling_uground.layer_policy import select_layers
 from uground.modeling_uground.prompts import build_mask_prompts
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}

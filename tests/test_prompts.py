@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from torch.nn import functional as F
 
 from uground.modeling_uground.image_frames import ImageFrame, apply_matrices, grid_to_grid, grid_to_image
@@ -104,9 +103,7 @@ def mask_prompt(image_map, side, padding_value):
     lmm_frame = ImageFrame("letterbox", max(height, width))
     grid = F.pad(image_map, (0, lmm_frame.side - width, 0, lmm_frame.side - height))
     image = torch.zeros(len(image_map), dtype=torch.long)
-    return build_mask_prompts(
-        grid, image, [(height, width)], lmm_frame, ImageFrame("letterbox", side), padding_value
-    )
+    return build_mask_prompts(grid, image, [(height, width)], lmm_frame, ImageFrame("letterbox", side), padding_value)
 
 
 def test_a_mask_prompt_is_padded_below_and_to_the_right():

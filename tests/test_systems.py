@@ -158,7 +158,7 @@ def test_points_of_images_of_different_sizes_are_those_of_each_image_alone():
     for segment, row in enumerate(together.segment_row.tolist()):
         height, width = inputs["sam_valid_sizes"][row].tolist()
         x, y = together.points[segment].T
-        assert 0 <= x.min() and x.max() <= width and 0 <= y.min() and y.max() <= height
+        assert x.min() >= 0 and x.max() <= width and y.min() >= 0 and y.max() <= height
 
 
 def test_points_are_handed_on_and_returned_when_an_answer_is_written():
