@@ -118,12 +118,7 @@ class BaselineTraining:
         # In half precision a scale may turn out too large; the step of the model is left out then too.
         if all(parameter.grad.isfinite().all() for parameter in parameters):
             self.optimizer.step()
-        self.forget_gradients()
-
-    def forget_gradients(self) -> None:
-        """Drop gradients of a step that was broken off."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write baseline and optimizer state to a checkpoint folder."""

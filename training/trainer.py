@@ -110,7 +110,6 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         if args.cache_sam_embeddings is not None:
             encoder = bare.mask_decoder.sam.vision_encoder
             self._sam_cache = SamEmbeddingCache(args.cache_sam_embeddings, encoder, args.cache_limit_gb)
-        self.baseline_training = self._new_baseline() if draws_layers else None
         layers = [f"layer/{layer}" for layer in range(bare.config.num_layers)]
         by_segment = [*(f"loss/{name}" for name in GROUNDING_TERMS if name != "entropy"), "policy/entropy"]
         drawn = ["loss/policy", "loss/critic", "policy/reward", "policy/baseline", "policy/advantage", *layers]
@@ -128,12 +127,13 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         # Learnt tokens and masks of the step, over all its micro-batches and processes.
         self._step_totals = torch.ones(2)
         self._rewards = torch.zeros(2)
-        if self.baseline_training is not None:
-            self.baseline_training.forget_gradients()
+        self.baseline_training = self._new_baseline()
 
-    def _new_baseline(self) -> BaselineTraining:
+    def _new_baseline(self) -> BaselineTraining | None:
         """What rewards are held against, before any; the critic's weights depend on the seed alone."""
         args = self.args
+        if args.train_layer_selection != "sample":
+            return None
         kind = (args.policy_baseline, args.policy_ema_decay, args.critic_hidden_size)
         with torch.random.fork_rng([]):
             torch.manual_seed(args.seed)
