@@ -15,6 +15,11 @@ CASES = sorted(DATA.glob("read_*"))
 class ReadCase(OfficialCase):
     """One recorded batch, and the converted checkpoint that has to reproduce it."""
 
+    def __init__(self, folder: Path, output: Path):
+        super().__init__(folder, output)
+        # Gradients of the projector are recorded, so that images are read with the rest.
+        self.inputs = {**self._text(), **self.pixels}
+
     def _convert(self, folder: Path, output: Path) -> UGroundForReferringSegmentation:
         said = self.facts["sasp"]
         points = ("--num-points", said["num_points"], "--point-downsample", said["down_sample"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from tiny_processor import WORDS, gradient_image, tiny_processor, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from uground.processing import (
     UGroundProcessor,

@@ -1,8 +1,8 @@
 """The losses of the official READ training (and of SESAME and LISA, with other weights), as one preset.
 
 Purpose: to compute on a converted checkpoint what the official code computes on the original, losses and gradients
-alike, and to be able to train that way. There is text and there are masks, compared at image size; maps and layers have
-no losses of their own.
+alike, and to be able to train that way. There is text and there are masks, compared at image size; maps and layers
+have no losses of their own.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,9 @@ def read_losses(
     logits = post_process_masks([outputs.mask_logits[n] for n in chosen], sam_valid_sizes, original_sizes)
     for image, (found, wanted) in enumerate(zip(logits, masks, strict=True)):
         if len(found) != len(wanted):
-            raise ValueError(f"image {image + 1} has {len(found)} segments, so it needs as many masks, got {len(wanted)}")
+            raise ValueError(
+                f"image {image + 1} has {len(found)} segments, so it needs as many masks, got {len(wanted)}"
+            )
         if len(found):
             target = wanted.to(found)
             bce = bce + mask_bce_loss(found, target, num_masks=count)
