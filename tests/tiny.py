@@ -61,8 +61,8 @@ def tiny_config(**settings) -> UGroundConfig:
             "iou_head_hidden_dim": 16,
         },
     )
-    defaults = {"segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN}
-    return UGroundConfig(lmm_config=lmm_config, sam_config=sam_config, **{**defaults, **settings})
+    defaults = {"sam_config": sam_config, "segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN}
+    return UGroundConfig(lmm_config=lmm_config, **{**defaults, **settings})
 
 
 def tiny_model(seed: int = 0, **settings) -> UGroundForReferringSegmentation:
