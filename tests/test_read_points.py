@@ -1,4 +1,4 @@
-"""SasP against its definition, written out pixel by pixel: other constants, tall images, and sides whose padding is -1."""
+"""SasP against its definition, pixel by pixel: other constants, tall images, and sides whose padding is -1."""
 
 import pytest
 import torch
