@@ -27,9 +27,7 @@ class OfficialCase:
         self.facts = json.loads((folder / "case.json").read_text())
         self.config = json.loads((folder / "official/config.json").read_text())
         self.tensors = load_file(folder / "case.safetensors")
-        ids = ("--segment-token-id", self.facts["seg_token_id"], "--reject-token-id", self.facts["rej_token_id"])
-        assert convert(folder / "official", folder / "clip", output, *ids) == 0
-        self.model = UGroundForReferringSegmentation.from_pretrained(output).eval()
+        self.model = self._convert(folder, output)
         self.count = len(self.facts["sizes"])
         self.images = [
             Image.fromarray(self.tensors[f"in.image.{index}"].permute(1, 2, 0).numpy()) for index in range(self.count)
@@ -38,6 +36,11 @@ class OfficialCase:
         # Encoded once for all runs; no recorded gradient flows through the images.
         with torch.no_grad():
             self.inputs = {**self._text(), "image_embeddings": self.model.get_image_embeddings(**self.pixels)}
+
+    def _convert(self, folder: Path, output: Path) -> UGroundForReferringSegmentation:
+        ids = ("--segment-token-id", self.facts["seg_token_id"], "--reject-token-id", self.facts["rej_token_id"])
+        assert convert(folder / "official", folder / "clip", output, *ids) == 0
+        return UGroundForReferringSegmentation.from_pretrained(output).eval()
 
     def _text(self) -> dict[str, torch.Tensor]:
         """Text inputs with the image tokens in place."""

@@ -17,7 +17,7 @@ QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
 def lora_config(
-    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS
+    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS, frozen=()
 ) -> LoraConfig:
     """
     What peft is to adapt in a UGround model.
@@ -28,14 +28,19 @@ def lora_config(
         rank: of the adapter: 8 for 7B and 64 for 13B in the official scripts.
         alpha, dropout: of the adapter.
         targets: linear layers of the language model by the ends of their names.
+        frozen: parts of names of modules that are not trained beside the adapter, of those of [`trained_in_full`].
 
     Raises:
-        ValueError: no layer of the language model bears such a name.
+        ValueError: no layer of the language model bears such a name, or no such module is trained.
     """
     ends, names = tuple(targets), model.adapter.names
     adapted = rf"lmm\.{re.escape(names.language_model)}\..*\.({'|'.join(map(re.escape, ends))})"
     if not any(re.fullmatch(adapted, name) for name, _ in model.named_modules()):
         raise ValueError(f"no layer of the language model is called {' or '.join(ends)}: nothing to adapt")
+    whole = trained_in_full(model)
+    for part in frozen:
+        if not any(part in name for name in whole):
+            raise ValueError(f"lora_frozen must name modules of {', '.join(whole)}, got {part!r}")
     ids = {processor.segment_token_id, processor.reject_token_id}
     ids |= {
         processor.tokenizer.convert_tokens_to_ids(token)
@@ -48,7 +53,7 @@ def lora_config(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=adapted,
-        modules_to_save=trained_in_full(model),
+        modules_to_save=[name for name in whole if not any(part in name for part in frozen)],
         trainable_token_indices={names.embeddings: rows, names.head: list(rows)},
     )
 
