@@ -282,7 +282,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         self._rewards = torch.zeros_like(self._rewards)
         if count > 0:
             self.baseline_training.baseline.update(total / count)
-        self.baseline_training.step(self._get_learning_rate(), self._mean_gradient)
+        self.baseline_training.step(self.optimizer.param_groups[0]["lr"], self._mean_gradient)
 
     def _mean_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Mean over all processes, free of the factor that half precision scales losses by."""
