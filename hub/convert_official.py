@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
@@ -19,6 +20,9 @@ from uground.command_line import DTYPES, run_command
 from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
 from uground.hub.official_config import build_config, check_vision_tower, vision_config
 from uground.hub.official_names import (
+    BASELINE_FILE,
+    CRITIC,
+    CRITIC_PREFIX,
     EMBEDDINGS,
     VOCABULARY,
     Origin,
@@ -32,13 +36,11 @@ from uground.hub.streaming import Part, Target, write_weights
 from uground.hub.weight_files import WeightFiles, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import names_config, read_json_object
+from uground.modeling_uground.hub_files import give_usual_mode
 from uground.processing import UGroundProcessor, letterbox_image_processor, make_image_processor
 
 # The released code keeps its running reward outside of the weights and loses it; a converted policy starts anew.
-NEW_TENSORS = {
-    "layer_policy.reward_ema": torch.zeros(()),
-    "layer_policy.reward_updates": torch.zeros((), dtype=torch.long),
-}
+NEW_REWARD = {"reward_ema": torch.zeros(()), "reward_updates": torch.zeros((), dtype=torch.long)}
 
 
 @dataclass
@@ -154,6 +156,7 @@ def convert_official(
     with new_folder(output, num_bytes) as folder:
         save_all_but_weights(folder, model, processor)
         write_weights(folder, parts, new_tensors(model, dtype), dtype, num_bytes)
+        write_critic(folder, opened.weights)
     _report(opened, output, config, dtype, processor, points)
 
 
@@ -168,6 +171,7 @@ def plan_parts(opened: Source, model: UGroundForReferringSegmentation) -> list[P
     Raises:
         ValueError: tensors are missing, unexpected or of the wrong shape; the sentence names them.
     """
+    critic = _critic_shapes(opened, model.config.num_layers)
     depth = model.config.sam_config.mask_decoder_config.iou_head_depth
     targets = {origin: {} for origin in Origin}
     for name, tensor in model.state_dict().items():
@@ -176,8 +180,11 @@ def plan_parts(opened: Source, model: UGroundForReferringSegmentation) -> list[P
         target = Target(name, (shape[0] - 1, *shape[1:]), add_row) if key in VOCABULARY else Target(name, shape)
         # A second name of the same tensor, of SAM's position encoding, is tied and not written.
         targets[origin].setdefault(key, target)
+    title = f"The checkpoint {opened.name}"
+    checked = {name: Target(name, shape) for name, shape in critic.items()}
+    Part(title, opened.weights, lambda name: name if _is_of_critic(name) else None, checked).check()
     parts = [
-        Part(f"The checkpoint {opened.name}", opened.weights, _official_name, targets[Origin.CHECKPOINT]),
+        Part(title, opened.weights, _official_name, targets[Origin.CHECKPOINT]),
         Part(
             f"The vision tower {opened.vision_weights.path}",
             opened.vision_weights,
@@ -192,16 +199,39 @@ def plan_parts(opened: Source, model: UGroundForReferringSegmentation) -> list[P
 
 def new_tensors(model: UGroundForReferringSegmentation, dtype: torch.dtype) -> dict[str, Tensor]:
     """By name in the model, what comes from no checkpoint: a second projector layer that changes nothing."""
-    found = {} if model.layer_policy is None else dict(NEW_TENSORS)
     if model.config.lmm_config.projector_hidden_act != "linear":
-        return found
+        return {}
     size = model.config.get_text_config().hidden_size
     name = "lmm.model.multi_modal_projector.linear_2"
-    return found | {f"{name}.weight": torch.eye(size, dtype=dtype), f"{name}.bias": torch.zeros(size, dtype=dtype)}
+    return {f"{name}.weight": torch.eye(size, dtype=dtype), f"{name}.bias": torch.zeros(size, dtype=dtype)}
 
 
 def _official_name(name: str) -> str | None:
-    return None if is_ignored(name) else name
+    return None if is_ignored(name) or _is_of_critic(name) else name
+
+
+def _is_of_critic(name: str) -> bool:
+    return name.startswith(f"{CRITIC_PREFIX}critic.")
+
+
+def _critic_shapes(opened: Source, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the critic that the checkpoint should hold, of the width that it has; empty without one."""
+    if opened.config.get("baseline_type", "ema") != "critic":
+        return {}
+    width = opened.weights.shapes.get(CRITIC[0], (128,))[0]
+    return dict(zip(CRITIC, ((width, num_layers), (width,), (1, width), (1,)), strict=True))
+
+
+def write_critic(folder: Path, weights: WeightFiles) -> None:
+    """What training holds rewards against, for [`BaselineTraining`] to load; nothing for a checkpoint without it."""
+    if weights.shapes.keys().isdisjoint(CRITIC):
+        return
+    critic = dict(NEW_REWARD)
+    for tensors in weights.by_file():
+        found = [name for name in tensors if name in CRITIC]
+        critic |= {name.removeprefix(CRITIC_PREFIX): tensors[name].float().clone() for name in found}
+    save_file(critic, folder / BASELINE_FILE)
+    give_usual_mode(folder / BASELINE_FILE)
 
 
 def add_row(matrix: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def build_config(
 
     Args:
         config: its `config.json`.
-        shapes: name to shape of its tensors; SAM's and the critic's sizes and the vocabulary are read off them.
+        shapes: name to shape of its tensors; SAM's sizes and the vocabulary are read off them.
         vision: of the vision tower.
         system: which one it is.
         segment_token_id, reject_token_id: ids of `[SEG]` and `[REJ]`, or `None` where they are not known.
@@ -157,7 +157,6 @@ def build_config(
         for name, shape in shapes.items()
         if name.startswith(SAM_PREFIX)
     }
-    critic = shapes.get("ppm.critic.0.weight", (config.get("critic_hidden_dim", 128),))
     return UGroundConfig(
         lmm_config=lmm_config,
         sam_config=sam_config_from_state_dict(sam),
@@ -170,7 +169,4 @@ def build_config(
         similarity_scaling="minmax",
         layer_selection=official_layer_selection(config, system) if layer_selection is None else layer_selection,
         embedding_layer=EMBEDDING_LAYERS[config.get("mode", 3)],
-        policy_baseline=config.get("baseline_type", "ema"),
-        policy_ema_decay=0.9,
-        critic_hidden_size=critic[0],
     )

@@ -51,12 +51,15 @@ _PREFIXES = {
     "lmm.model.multi_modal_projector.linear_2.": f"{PROJECTOR}.2.",
     "segment_projection.linear_1.": "model.text_hidden_fcs.0.0.",
     "segment_projection.linear_2.": "model.text_hidden_fcs.0.2.",
-    "layer_policy.critic.": "ppm.critic.",
     "layer_policy.gates": GATES,
 }
 _CLIP_PREFIX = "lmm.model.vision_tower."
 _SAM_PREFIX = "mask_decoder.sam."
-_NEW = ("layer_policy.reward_ema", "layer_policy.reward_updates")
+# Of the layer policy's critic, which is no part of the model; training reads it from a file of its own beside the
+# weights, by the names that stand behind this.
+CRITIC_PREFIX = "ppm."
+CRITIC = ("ppm.critic.0.weight", "ppm.critic.0.bias", "ppm.critic.2.weight", "ppm.critic.2.bias")
+BASELINE_FILE = "reward_baseline.safetensors"
 
 
 # Of a projector of one layer, and the second layer of ours, which then is the identity.
@@ -79,7 +82,7 @@ def source_of(name: str, iou_head_depth: int, projector_layers: int = 2) -> tupl
     Raises:
         ValueError: the official model has nothing of the kind.
     """
-    if name in _NEW or (projector_layers == 1 and name.startswith(_IDENTITY)):
+    if projector_layers == 1 and name.startswith(_IDENTITY):
         return Origin.NEW, name
     if name.startswith(_CLIP_PREFIX):
         return Origin.VISION_TOWER, name.removeprefix(_CLIP_PREFIX)

@@ -3,7 +3,7 @@ What the common tests of transformers ask of every model: `ModelTesterMixin`, `G
 
 Of these, which are in its source distribution, those that apply are kept here, or stand in the file of their subject:
 saving and loading in `test_loading`, gradients in `test_modeling`, generation in `test_generation`, flash attention in
-`test_attention`, exporting in `test_mask_decoder`.
+`test_attention`, exporting in `test_head_sam`.
 
 Those that do not apply, and why:
 - `test_inputs_embeds…`, `test_generate_from_inputs_embeds…`: segment tokens are looked for in `input_ids`;
@@ -250,7 +250,8 @@ def test_a_config_takes_what_every_config_takes(tmp_path):
 
 def test_a_config_can_be_made_of_nothing_and_counts_labels():
     config = UGroundConfig()
-    assert config.lmm_config.model_type == "llava" and config.sam_config.model_type == "sam"
+    assert config.lmm_config.model_type == "llava" and config.sam_config is None and config.mask_head is None
+    assert UGroundConfig(sam_config={}).sam_config.model_type == "sam"
     config.num_labels = 3
     assert len(config.id2label) == len(config.label2id) == 3
     assert tiny_config(num_labels=5).num_labels == 5

@@ -250,7 +250,7 @@ def test_images_are_encoded_once_and_every_token_passes_once():
     watch("lmm", model.lmm.model.language_model.norm)
     model.segment(**inputs, max_new_tokens=4)
     # The prefixes of three images once each, then the rest of four prompts, then token by token.
-    assert calls == [("clip", 3, 3), ("sam", 3, 3), ("lmm", 3, 17), ("lmm", 4, 6)] + [("lmm", 4, 1)] * 3
+    assert calls == [("sam", 3, 3), ("clip", 3, 3), ("lmm", 3, 17), ("lmm", 4, 6)] + [("lmm", 4, 1)] * 3
 
 
 def test_bfloat16_answers():

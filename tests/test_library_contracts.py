@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    StoppingCriteria,
     Trainer,
 )
 from transformers import initialization as init
@@ -56,7 +57,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 import uground
 from uground.modeling_uground.library_compat import CACHE_NAME, HUB_KERNEL_MESSAGE
-from uground.modeling_uground.lmm_access import prepare_lmm_inputs
+from uground.modeling_uground.layer_states import LayerHooks
 from uground.modeling_uground.shared_prefix import cache_of_rows
 from uground.training.metric_modules.counting_metric import CountingMetric
 from uground.training.trainer import UGroundTrainer
@@ -150,11 +151,8 @@ def folder(model, tmp_path_factory):
 
 def _lmm_inputs(model) -> dict:
     inputs = tiny_inputs([[5, 6]])
-    features = model.get_image_embeddings(**{k: v for k, v in inputs.items() if "size" in k or "pixel" in k})
-    positions = (inputs["input_ids"] == IMAGE_TOKEN).nonzero()[:, 1].view(1, -1)
-    return prepare_lmm_inputs(
-        inputs["input_ids"], inputs["attention_mask"], positions, features.lmm_features, features.token_valid
-    )
+    images = model.get_image_embeddings(**{k: v for k, v in inputs.items() if "size" in k or "pixel" in k})
+    return model.prepare_rows(inputs["input_ids"], inputs["attention_mask"], None, images).lmm_inputs()
 
 
 # --- transformers: language models and their cache
@@ -165,6 +163,65 @@ def keys_and_values_have_one_name(model, folder):
     """Forwards and outputs use the name that `prepare_inputs_for_generation` shows."""
     assert takes(type(model.lmm).forward, CACHE_NAME)
     assert isinstance(model.lmm(**_lmm_inputs(model), use_cache=True)[CACHE_NAME], Cache)
+
+
+class _Passing(LayerHooks):
+    """All states that pass, in order."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = []
+
+    def take(self, layer, states):
+        self.seen.append((layer, states))
+
+
+@check
+def layer_states_pass_by_hooks(model, folder):
+    """Forward hooks of decoder layers and norm see what `output_hidden_states` gives: only what is read is kept."""
+    adapter = model.adapter
+    with _Passing(adapter.decoder_layers(model.lmm), adapter.final_norm(model.lmm)) as passing:
+        states = model.lmm(**_lmm_inputs(model), output_hidden_states=True).hidden_states
+    assert [layer for layer, _ in passing.seen] == list(range(len(states))) == list(range(5))
+    assert all(torch.equal(seen, state) for (_, seen), state in zip(passing.seen, states, strict=True))
+
+
+class _Told(StoppingCriteria):
+    def __init__(self):
+        self.tokens, self.passes = [], 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.tokens.append((self.passes, input_ids[:, -1].tolist()))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@check
+def a_criterion_is_told_of_every_token(model, folder):
+    """Each written token is shown to stopping criteria once, right after the pass that predicted it, the last too."""
+    told = _Told()
+
+    def count(*_):
+        told.passes += 1
+
+    hook = model.lmm.register_forward_hook(count)
+    settings = GenerationConfig(max_new_tokens=3, suppress_tokens=[2], pad_token_id=0)
+    written = model.lmm.generate(**_lmm_inputs(model), generation_config=settings, stopping_criteria=[told])
+    hook.remove()
+    assert told.tokens == [(step + 1, [token]) for step, token in enumerate(written[0, -3:].tolist())]
+
+
+@check
+def generate_calls_the_module(model, folder):
+    """`generate` calls the LMM and not its `forward` alone, so that hooks see its logits before any processor."""
+    seen = []
+    hook = model.lmm.register_forward_hook(lambda _module, _args, output: seen.append(output.logits[:, -1]))
+    settings = GenerationConfig(
+        max_new_tokens=3, suppress_tokens=[2, 5], pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    logits = model.lmm.generate(**_lmm_inputs(model), generation_config=settings).logits
+    hook.remove()
+    assert len(seen) == len(logits) == 3
+    assert all(torch.equal(one.float(), other) for one, other in zip(seen, logits, strict=True))
 
 
 @check
@@ -246,7 +303,8 @@ def settings_of_generation_are_merged(model, folder):
 @check
 def loading_tells_what_did_not_fit(model, folder):
     """`output_loading_info` names missing, unexpected and mismatched tensors, these with both shapes."""
-    other = tiny_config(policy_baseline="critic", critic_hidden_size=8)
+    other = tiny_config()
+    other.lmm_config.vision_config.num_hidden_layers = 4
     loaded = PreTrainedModel.from_pretrained.__func__
     _, info = loaded(type(model), folder, config=other, output_loading_info=True, ignore_mismatched_sizes=True)
     assert info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -254,6 +312,15 @@ def loading_tells_what_did_not_fit(model, folder):
     small.lmm_config.text_config.vocab_size = 41
     _, info = loaded(type(model), folder, config=small, output_loading_info=True, ignore_mismatched_sizes=True)
     assert sorted(info["mismatched_keys"])[0][1:] == (torch.Size([40, 16]), torch.Size([41, 16]))
+
+
+@check
+def dropped_tensors_are_not_unexpected(model, folder):
+    """Names in `_keys_to_ignore_on_load_unexpected` are left out without a word: those of release 0.1.0 are ours."""
+    weights = {**model.state_dict(), "layer_policy.reward_ema": torch.zeros(()), "other": torch.zeros(())}
+    loaded = PreTrainedModel.from_pretrained.__func__
+    _, info = loaded(type(model), None, config=tiny_config(), state_dict=weights, output_loading_info=True)
+    assert [*info["unexpected_keys"]] == ["other"] and not info["missing_keys"]
 
 
 @check
@@ -308,7 +375,7 @@ def classes_say_what_they_can(model, folder):
     """Attention is admitted by `_supports_…` and told by `_attn_implementation`; `_no_split_modules` stay whole."""
     assert model.config.lmm_config.text_config._attn_implementation in ("eager", "sdpa")
     assert all(uses(getattr(PreTrainedModel, method), flag) for method, flag in ATTENTION_FLAGS.items())
-    assert hasattr(PreTrainedModel, "_supports_attention_backend") and "MaskDecoder" in model._no_split_modules
+    assert hasattr(PreTrainedModel, "_supports_attention_backend") and "SamHead" in model._no_split_modules
 
 
 @check

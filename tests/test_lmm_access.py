@@ -1,19 +1,64 @@
-"""The token grid and its validity, masks and positions for the LMM, and the states gathered from it."""
+"""The adapter of LLaVA: token grid and validity, image features, module names; rows, and states read of a pass."""
 
 import pytest
 import torch
-from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
+from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model
 
-from uground.modeling_uground.lmm_access import (
-    encode_lmm_images,
-    find_segments,
-    gather_layer_states,
-    image_similarity,
-    image_token_positions,
-    prepare_lmm_inputs,
-    token_validity,
-    vision_key_mask,
-)
+from uground.modeling_uground.image_frames import ImageFrame
+from uground.modeling_uground.layer_states import ImageStates, states_at
+from uground.modeling_uground.lmm_families import lmm_adapter
+from uground.modeling_uground.lmm_llava import LlavaAdapter, vision_key_mask
+from uground.modeling_uground.output_uground import UGroundImageEmbeddings
+from uground.modeling_uground.query_rows import image_token_columns, prepare_rows
+from uground.modeling_uground.similarity import image_similarity
+
+
+def adapter(side: int = 32, patch: int = 8, kind: type = LlavaAdapter, **tower) -> LlavaAdapter:
+    """Of a tower with `side` / `patch` patches along each axis."""
+    config = tiny_config().lmm_config
+    for name, value in {"image_size": side, "patch_size": patch, **tower}.items():
+        setattr(config.vision_config, name, value)
+    return kind(config, "letterbox")
+
+
+class OblongAdapter(LlavaAdapter):
+    """A family whose token grid is not square."""
+
+    token_grid_hw = (2, 3)
+
+
+def test_the_adapter_is_that_of_the_family():
+    config = tiny_config()
+    assert type(config.adapter) is LlavaAdapter
+    assert config.adapter.frame == ImageFrame("letterbox", 32)
+    assert config.adapter.token_grid_hw == (4, 4)
+    assert tiny_config(image_frame="centre_crop").adapter.frame == ImageFrame("centre_crop", 32)
+    with pytest.raises(ValueError, match="the LMM must be of type llava, got 'sam'$"):
+        lmm_adapter(config.sam_config, "letterbox")
+    with pytest.raises(ValueError, match="image_frame of a llava must be one of .*'letterbox'.*, got 'tiles'$"):
+        lmm_adapter(config.lmm_config, "tiles")
+
+
+def test_names_are_those_of_modules_that_exist():
+    model = tiny_model()
+    names, modules = model.adapter.names, dict(model.lmm.named_modules())
+    for name in (names.language_model, *names.encoders, *names.never_quantized, *model.adapter.unused()):
+        assert name in modules, name
+    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    assert {names.embeddings, names.head} <= leaves
+    assert modules[names.language_model] is model.get_decoder()
+
+
+@pytest.mark.parametrize("layer, last", [(-2, 2), (-1, 3), (1, 1), ([-3, -2], 2)])
+def test_what_lies_behind_the_layer_that_is_read_is_unused(layer, last):
+    """Of three layers of the tower, states 0..3."""
+    made = adapter()
+    made.config.vision_feature_layer = layer
+    tower = "model.vision_tower"
+    assert made.unused() == (
+        f"{tower}.post_layernorm",
+        *(f"{tower}.encoder.layers.{n}" for n in range(last, 3)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +79,7 @@ from uground.modeling_uground.lmm_access import (
 def test_a_token_is_valid_where_its_first_pixel_is_image(valid_hw, rows, columns):
     expected = torch.zeros(4, 4, dtype=torch.bool)
     expected[:rows, :columns] = True
-    assert torch.equal(token_validity(torch.tensor([valid_hw]), (4, 4), 8)[0], expected)
+    assert torch.equal(adapter().token_validity(torch.tensor([valid_hw]))[0], expected)
 
 
 @pytest.mark.parametrize("valid_hw", [(336, 336), (224, 336), (225, 336), (336, 209), (336, 210), (336, 211)])
@@ -42,11 +87,11 @@ def test_validity_is_nearest_down_sampling_of_the_pixel_mask(valid_hw):
     pixels = torch.zeros(1, 1, 336, 336)
     pixels[..., : valid_hw[0], : valid_hw[1]] = 1
     expected = torch.nn.functional.interpolate(pixels, size=(24, 24), mode="nearest")[0, 0].bool()
-    assert torch.equal(token_validity(torch.tensor([valid_hw]), (24, 24), 14)[0], expected)
+    assert torch.equal(adapter(336, 14).token_validity(torch.tensor([valid_hw]))[0], expected)
 
 
 def test_validity_of_several_images_on_a_grid_that_is_not_square():
-    valid = token_validity(torch.tensor([[8, 24], [16, 9]]), (2, 3), 8)
+    valid = adapter(kind=OblongAdapter).token_validity(torch.tensor([[8, 24], [16, 9]]))
     assert valid.int().tolist() == [[[1, 1, 1], [0, 0, 0]], [[1, 1, 0], [1, 1, 0]]]
 
 
@@ -66,16 +111,16 @@ def test_no_vision_mask_without_padding():
 @torch.no_grad()
 def test_image_features_do_not_depend_on_padded_pixels_nor_on_the_batch():
     lmm, inputs = tiny_model().lmm, tiny_inputs([[4], [4], [4]])
-    valid = token_validity(inputs["valid_sizes"], (4, 4), 8)
-    features = encode_lmm_images(lmm, inputs["pixel_values"], valid)
+    valid = adapter().token_validity(inputs["valid_sizes"])
+    features = adapter().encode(lmm, inputs["pixel_values"], valid)
     assert features.shape == (3, 16, 16)
     # The square image alone needs no mask at all: with and without one it is the same.
-    alone = encode_lmm_images(lmm, inputs["pixel_values"][:1], valid[:1])
+    alone = adapter().encode(lmm, inputs["pixel_values"][:1], valid[:1])
     torch.testing.assert_close(alone[0], features[0], atol=1e-5, rtol=1e-4)
     perturbed = inputs["pixel_values"].clone()
     perturbed[1, :, 16:] += 3.0
     perturbed[2, :, :, 24:] -= 3.0
-    again = encode_lmm_images(lmm, perturbed, valid)
+    again = adapter().encode(lmm, perturbed, valid)
     torch.testing.assert_close(again[valid.flatten(1)], features[valid.flatten(1)])
     padded = ~valid.flatten(1)
     assert (again[padded] - features[padded]).abs().amax(-1).min() > 1e-3
@@ -84,38 +129,73 @@ def test_image_features_do_not_depend_on_padded_pixels_nor_on_the_batch():
 @torch.no_grad()
 def test_image_features_are_those_of_the_lmm_where_nothing_is_padded():
     lmm, inputs = tiny_model().lmm, tiny_inputs([[4]])
-    features = encode_lmm_images(lmm, inputs["pixel_values"], torch.ones(1, 4, 4, dtype=torch.bool))
+    features = adapter().encode(lmm, inputs["pixel_values"], torch.ones(1, 4, 4, dtype=torch.bool))
     expected = torch.stack(list(lmm.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
     torch.testing.assert_close(features, expected)
 
 
 def test_image_features_have_the_precision_of_the_lmm():
     lmm, inputs = tiny_model().lmm.to(torch.bfloat16), tiny_inputs([[4], [4]])
-    valid = token_validity(inputs["valid_sizes"], (4, 4), 8)
-    assert encode_lmm_images(lmm, inputs["pixel_values"], valid).dtype == torch.bfloat16
+    valid = adapter().token_validity(inputs["valid_sizes"])
+    assert adapter().encode(lmm, inputs["pixel_values"], valid).dtype == torch.bfloat16
 
 
 def test_columns_of_image_tokens():
     ids = torch.tensor([[0, 0, 9, 9, 5, 6], [1, 9, 5, 9, 6, 7]])
-    assert image_token_positions(ids, 9, 2).tolist() == [[2, 3], [1, 3]]
+    assert image_token_columns(ids, 9, 2).tolist() == [[2, 3], [1, 3]]
 
 
 def test_a_row_needs_the_tokens_of_exactly_one_image():
     with pytest.raises(ValueError, match=r"must hold the 2 image tokens of one image, got \[2, 1\]"):
-        image_token_positions(torch.tensor([[9, 9, 5], [1, 9, 5]]), 9, 2)
+        image_token_columns(torch.tensor([[9, 9, 5], [1, 9, 5]]), 9, 2)
 
 
-def lmm_inputs(attention_mask, **settings):
+def rows(attention_mask, position_ids=None, made=None):
     """Two rows of six tokens, the first padded by one; four image tokens each, of a 2x2 grid."""
     valid = torch.tensor([[[True, True], [False, False]], [[True, False], [True, False]]])
-    return prepare_lmm_inputs(
+    return prepare_rows(
+        made or adapter(16),
+        UGroundImageEmbeddings(lmm_features=torch.randn(2, 4, 3), token_valid=valid),
+        9,
         torch.tensor([[0, 9, 9, 9, 9, 5], [9, 9, 9, 9, 6, 7]]),
         attention_mask,
-        torch.tensor([[1, 2, 3, 4], [0, 1, 2, 3]]),
-        torch.randn(2, 4, 3),
-        valid,
-        **settings,
+        torch.tensor([0, 1]),
+        position_ids,
     )
+
+
+def lmm_inputs(attention_mask, position_ids=None):
+    return rows(attention_mask, position_ids).lmm_inputs()
+
+
+def test_rows_know_their_columns_and_images():
+    made = rows(None)
+    assert made.image_columns.tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    assert made.attention_mask.tolist() == [[1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1]]
+    assert torch.equal(made.features, made.images.lmm_features)
+    features = made.lmm_inputs()["mm_encoder_outputs"]["image"].pooler_output
+    assert torch.equal(torch.stack(list(features)), made.features)
+    last = made.select(torch.tensor([1, 1]))
+    assert len(last) == 2 and last.input_ids.tolist() == [[9, 9, 9, 9, 6, 7]] * 2
+    assert torch.equal(last.features, made.images.lmm_features[[1, 1]])
+
+
+def test_rows_share_a_prefix_where_it_is_equally_long():
+    assert rows(None).prefix_keys is None
+    made = rows(torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))
+    assert made.prefix_keys == [(0, 9, 9, 9, 9), (1, 9, 9, 9, 9)]
+
+
+@pytest.mark.parametrize("lacking", ["prefix_is_causal", "cache_can_be_selected"])
+def test_a_family_that_cannot_share_prefixes_says_so(lacking):
+    other = adapter(16, kind=type("Other", (LlavaAdapter,), {lacking: False}))
+    assert rows(torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]), made=other).prefix_keys is None
+
+
+def test_a_family_that_takes_no_masks_refuses_packed_rows():
+    other = adapter(16, kind=type("Other", (LlavaAdapter,), {"takes_4d_masks": False}))
+    with pytest.raises(ValueError, match=r"a llava takes one query per row, got an attention_mask \(B, T, T\)"):
+        rows(torch.ones(2, 6, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.long), other)
 
 
 def test_padded_image_tokens_are_no_keys_and_keep_their_positions():
@@ -147,21 +227,6 @@ def test_packed_rows_need_positions():
         lmm_inputs(torch.ones(2, 6, 6, dtype=torch.bool))
 
 
-def test_segments_are_found_in_reading_order_one_before_their_token():
-    rows, columns = find_segments(torch.tensor([[1, 7, 4, 7, 7], [1, 2, 3, 4, 5], [1, 2, 3, 4, 7]]), 7)
-    assert rows.tolist() == [0, 0, 0, 2]
-    assert columns.tolist() == [0, 2, 3, 3]
-
-
-def test_no_segments_are_found_where_there_are_none():
-    assert [found.shape for found in find_segments(torch.tensor([[1, 2]]), 7)] == [(0,), (0,)]
-
-
-def test_a_row_cannot_begin_with_the_segment_token():
-    with pytest.raises(ValueError, match="begins with the segment token"):
-        find_segments(torch.tensor([[1, 7], [7, 1]]), 7)
-
-
 def layer_states(layers=3, rows=2, length=5, width=2):
     """Every number is its own address: layer, row, column, channel."""
     shape = (layers, rows, length, width)
@@ -170,9 +235,18 @@ def layer_states(layers=3, rows=2, length=5, width=2):
 
 
 def test_layer_states_of_positions():
-    gathered = gather_layer_states(layer_states(), torch.tensor([1, 0, 1]), torch.tensor([4, 2, 0]))
+    gathered = states_at(layer_states(), torch.tensor([1, 0, 1]), torch.tensor([[4], [2], [0]]))[:, 0]
     assert gathered[..., 0].tolist() == [[140, 1140, 2140], [20, 1020, 2020], [100, 1100, 2100]]
     assert gathered[..., 1].tolist() == [[141, 1141, 2141], [21, 1021, 2021], [101, 1101, 2101]]
+
+
+def test_layer_states_of_several_positions_each():
+    gathered = states_at(layer_states(), torch.tensor([1, 0]), torch.tensor([[3, 4], [0, 1]]))
+    assert gathered.shape == (2, 2, 3, 2)
+    assert gathered[..., 0].tolist() == [
+        [[130, 1130, 2130], [140, 1140, 2140]],
+        [[0, 1000, 2000], [10, 1010, 2010]],
+    ]
 
 
 POSITIONS = torch.tensor([[1, 2], [3, 4]])
@@ -182,7 +256,7 @@ def test_similarity_is_with_the_image_tokens_of_each_segments_row_and_layer():
     """States that pick a channel show which tokens were read; two segments read the same ones."""
     states = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])
     similarity = image_similarity(
-        states, layer_states(), torch.tensor([0, 1, 0, 1, 0]), torch.tensor([2, 0, 2, 2, 2]), POSITIONS
+        states, ImageStates(layer_states(), POSITIONS), torch.tensor([0, 1, 0, 1, 0]), torch.tensor([2, 0, 2, 2, 2])
     )
     assert similarity.tolist() == [[2010, 2020], [130, 140], [2011, 2021], [2130, 2140], [4020, 4040]]
 
@@ -190,28 +264,30 @@ def test_similarity_is_with_the_image_tokens_of_each_segments_row_and_layer():
 def test_similarity_is_the_raw_dot_product():
     tokens = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 2.0], [3.0, 0.0], [0.0, 3.0]]])
     states, nothing = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.zeros(2, dtype=torch.long)
-    similarity = image_similarity(states, (tokens,), nothing, nothing, torch.arange(1, 7)[None])
+    similarity = image_similarity(states, ImageStates((tokens,), torch.arange(1, 7)[None]), nothing, nothing)
     assert similarity.tolist() == [[1, 2, 3, 6, 3, 6], [0, -1, -1, -2, 0, -3]]
 
 
 def test_similarity_is_computed_in_float32():
     # In bfloat16 the sum 256 + 1 would be 256.
     states, first = torch.tensor([[16.0, 1.0]], dtype=torch.bfloat16), torch.zeros(1, dtype=torch.long)
-    similarity = image_similarity(states, (states[None],), first, first, torch.tensor([[0]]))
+    similarity = image_similarity(states, ImageStates((states[None],), torch.tensor([[0]])), first, first)
     assert similarity.dtype == torch.float32
     assert similarity.item() == 257.0
 
 
 def test_no_similarity_without_segments():
     nothing = torch.zeros(0, dtype=torch.long)
-    assert image_similarity(torch.zeros(0, 2), layer_states(), nothing, nothing, POSITIONS).shape == (0, 2)
-    assert gather_layer_states(layer_states(), nothing, nothing).shape == (0, 3, 2)
+    states = ImageStates(layer_states(), POSITIONS)
+    assert image_similarity(torch.zeros(0, 2), states, nothing, nothing).shape == (0, 2)
+    assert states_at(layer_states(), nothing, nothing[:, None]).shape == (0, 1, 3, 2)
 
 
 def test_gradients_reach_every_layer_that_was_read_and_the_states():
     layers = tuple(state.requires_grad_() for state in layer_states())
     states = torch.tensor([[1.0, 1.0], [1.0, 1.0]], requires_grad=True)
-    image_similarity(states, layers, torch.tensor([0, 1]), torch.tensor([2, 0]), POSITIONS).sum().backward()
+    image_states = ImageStates(layers, POSITIONS)
+    image_similarity(states, image_states, torch.tensor([0, 1]), torch.tensor([2, 0])).sum().backward()
     expected = torch.zeros(3, 2, 5, 2)
     expected[2, 0, 1:3] = expected[0, 1, 3:5] = 1
     assert layers[1].grad is None
@@ -234,12 +310,12 @@ def test_padded_pixels_change_no_other_token():
     after = forward(model, inputs, pixel_values=pixels)
     padded = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     is_image = inputs["input_ids"] == IMAGE_TOKEN
-    padded[is_image] = ~token_validity(inputs["valid_sizes"], (4, 4), 8).flatten()
+    padded[is_image] = ~adapter().token_validity(inputs["valid_sizes"]).flatten()
     seen = inputs["attention_mask"].bool() & ~padded
     torch.testing.assert_close(after.logits[seen], before.logits[seen])
     torch.testing.assert_close(after.layer_logits, before.layer_logits)
     # The similarity to the padded tokens themselves has changed, so the perturbation was real.
-    valid = token_validity(inputs["valid_sizes"], (4, 4), 8)
+    valid = adapter().token_validity(inputs["valid_sizes"])
     torch.testing.assert_close(after.similarity[valid], before.similarity[valid])
     assert (after.similarity[~valid] - before.similarity[~valid]).abs().max() > 1e-3
 

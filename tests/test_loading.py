@@ -40,17 +40,10 @@ def assert_identical(actual, expected):
         assert torch.equal(actual[name], value), name
 
 
-def trained_model(**settings):
-    """Every parameter random, and a moving average that is not where it began."""
-    model = tiny_model(**settings)
-    model.layer_policy.update_baseline(torch.tensor(-1.25))
-    return model
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
-    trained_model().save_pretrained(path)
+    tiny_model().save_pretrained(path)
     return path
 
 
@@ -67,22 +60,64 @@ def edit_weights(folder, edit):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"policy_baseline": "critic", "similarity_scaling": "minmax"}, {"prompts": ("mask",)}],
-    ids=["default", "critic", "mask only"],
+    [
+        {},
+        {"similarity_scaling": "minmax"},
+        {"prompts": ("mask",)},
+        {"prompts": ("embedding", "points"), "num_points": 7, "image_frame": "centre_crop"},
+        {"layer_policy": False, "layer_selection": "last"},
+        {"sam_config": None},
+        {"num_segment_tokens": 3},
+    ],
+    ids=["default", "minmax", "mask only", "points", "no policy", "no SAM", "three ids"],
 )
 def test_a_round_trip_is_exact(settings, tmp_path):
-    model = trained_model(**settings)
+    model = tiny_model(**settings)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     assert_identical(loaded.state_dict(), model.state_dict())
     assert_identical(outputs_of(loaded), outputs_of(model))
     assert not loaded.training
-    assert loaded.layer_policy.reward_updates == 1
-    torch.testing.assert_close(loaded.layer_policy.baseline(), torch.tensor(-1.25))
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert {name.split(".")[0] for name in loaded.state_dict()} == {
+        "lmm",
+        *(["layer_policy"] if loaded.config.layer_policy else []),
+        *(["mask_decoder"] if loaded.config.mask_head else []),
+        *(["segment_projection"] if "embedding" in loaded.config.prompts else []),
+        *(["similarity_scaling"] if loaded.config.similarity_scaling == "scaled" else []),
+    }
+
+
+def with_earlier_tensors(tensors):
+    """What release 0.1.0 saved beside the gates."""
+    tensors["layer_policy.reward_ema"] = torch.tensor(-1.25)
+    tensors["layer_policy.reward_updates"] = torch.tensor(1)
+    tensors["layer_policy.critic.0.weight"] = torch.ones(8, 5)
+    tensors["layer_policy.critic.2.bias"] = torch.ones(1)
+
+
+def test_what_training_held_rewards_against_is_dropped(copied, tmp_path):
+    """Tensors and settings of release 0.1.0; neither is saved again."""
+    edit_weights(copied, with_earlier_tensors)
+    config = json.loads((copied / "config.json").read_text())
+    earlier = {"policy_baseline": "critic", "policy_ema_decay": 0.5, "critic_hidden_size": 8}
+    (copied / "config.json").write_text(json.dumps({**config, **earlier}))
+    loaded, expected = load(copied), tiny_model()
+    assert_identical(loaded.state_dict(), expected.state_dict())
+    assert_identical(outputs_of(loaded), outputs_of(expected))
+    assert not any(hasattr(loaded.config, name) for name in earlier)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(copied / WEIGHTS).keys() - {
+        "layer_policy.reward_ema",
+        "layer_policy.reward_updates",
+        "layer_policy.critic.0.weight",
+        "layer_policy.critic.2.bias",
+    }
+    assert not earlier.keys() & json.loads((tmp_path / "again" / "config.json").read_text()).keys()
 
 
 def test_shards_are_put_together_again(tmp_path):
-    model = trained_model()
+    model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_identical(load(tmp_path).state_dict(), model.state_dict())
@@ -159,7 +194,7 @@ LOADERS = pytest.mark.parametrize("loader", [load, load_with_auto_class], ids=["
 @LOADERS
 @pytest.mark.parametrize(
     "name",
-    ["layer_policy.gates", "layer_policy.reward_ema", "segment_projection.linear_1.bias", "similarity_scaling.bias"],
+    ["layer_policy.gates", "segment_projection.linear_2.weight", "segment_projection.linear_1.bias", "similarity_scaling.bias"],
 )
 def test_a_missing_tensor_is_named(copied, loader, name):
     edit_weights(copied, lambda tensors: tensors.pop(name))
@@ -206,9 +241,7 @@ RETYPED = {
     "truth": ("mask_decoder.sam.mask_decoder.iou_token.weight", torch.bool, "BOOL", "float"),
     "language model": ("lmm.language_model.model.norm.weight", torch.uint8, "U8", "float"),
     "eight bits": ("segment_projection.linear_2.weight", torch.float8_e4m3fn, "F8_E4M3", "float"),
-    "complex": ("layer_policy.reward_ema", torch.complex64, "C64", "float"),
-    "counter": ("layer_policy.reward_updates", torch.float32, "F32", "integer"),
-    "true counter": ("layer_policy.reward_updates", torch.bool, "BOOL", "integer"),
+    "complex": ("layer_policy.gates", torch.complex64, "C64", "float"),
 }
 
 
@@ -356,9 +389,13 @@ SETTINGS = {
     "num_layer_samples": 3,
     "similarity_scaling": "minmax",
     "embedding_layer": "last",
-    "policy_baseline": "critic",
-    "policy_ema_decay": 0.5,
-    "critic_hidden_size": 9,
+    "image_frame": "stretch",
+    "mask_head": "sam",
+    "num_points": 9,
+    "point_thresholds": (0.6, 0.1),
+    "point_downsample": 4,
+    "layer_policy": False,
+    "num_segment_tokens": 3,
     "initializer_range": 0.1,
     "reject_token_id": None,
 }
@@ -396,30 +433,60 @@ def test_sub_configs_may_be_dictionaries():
 
 WRONG_SETTINGS = {
     "prompts": (
-        ("mask", "points"),
-        r"prompts must be one or more of \('embedding', 'mask'\), got \('mask', 'points'\)",
+        ("mask", "points", "box"),
+        r"prompts must be of \('embedding', 'mask', 'points'\), got \('mask', 'points', 'box'\)",
     ),
-    "no prompts": ((), r"prompts must be one or more of .*, got \(\)"),
+    "no prompts": ((), r"a mask head needs prompts, and prompts a mask head, got \(\)"),
     "layer_selection": ("best", "layer_selection must be one of .* or a layer number, got 'best'"),
     "layer_selection float": (1.5, "layer_selection must be one of .* or a layer number, got 1.5"),
     "layer_selection bool": (True, "layer_selection must be one of .* or a layer number, got True"),
     "layer_selection high": (5, "layer_selection must lie in 0..4 for this model, got 5"),
     "layer_selection low": (-1, "layer_selection must lie in 0..4 for this model, got -1"),
     "similarity_scaling": ("cosine", r"similarity_scaling must be one of \('minmax', 'scaled'\), got 'cosine'"),
-    "policy_baseline": (None, r"policy_baseline must be one of \('ema', 'critic'\), got None"),
     "embedding_layer": ("first", r"embedding_layer must be one of \('selected', 'last'\), got 'first'"),
-    "policy_ema_decay": (1.0, r"policy_ema_decay must lie in \[0, 1\), got 1.0"),
     "num_layer_samples": (0, "num_layer_samples must be at least 1, got 0"),
-    "num_segment_tokens": (2, "num_segment_tokens must be 1, got 2"),
+    "num_segment_tokens": (0, "num_segment_tokens must be at least 1, got 0"),
+    "num_segment_tokens bool": (True, "num_segment_tokens must be at least 1, got True"),
+    "num_points": (0, "num_points must be at least 1, got 0"),
+    "point_downsample": (0, "point_downsample must be at least 1, got 0"),
+    "point_thresholds order": (
+        (0.2, 0.8),
+        r"point_thresholds must be two numbers in 0..1, .* of positive points above .*, got \(0.2, 0.8\)",
+    ),
+    "point_thresholds equal": ((0.5, 0.5), r"point_thresholds must be two numbers .*, got \(0.5, 0.5\)"),
+    "point_thresholds range": ((1.2, 0.1), r"point_thresholds must be two numbers in 0..1.*, got \(1.2, 0.1\)"),
+    "point_thresholds nan": ((float("nan"), 0.1), r"point_thresholds must be two numbers in 0..1.*, got \(nan"),
+    "point_thresholds one": ((0.5,), r"point_thresholds must be two numbers in 0..1.*, got \(0.5,\)"),
+    "image_frame": ("tiles", r"image_frame must be one of \('letterbox', 'centre_crop', 'stretch'\), got 'tiles'"),
+    "mask_head": ("queries", r"mask_head must be one of \(None, 'sam'\), got 'queries'"),
+    "sam_config": (None, "a mask head needs prompts, and prompts a mask head, got .*"),
+    "layer_policy": (
+        False,
+        "layer_selection 'argmax' needs a layer policy, which this model has not; expected 'last' or a layer number$",
+    ),
 }
+# What else a config says, where a mistake needs it.
+BESIDE = {"sam_config": {"prompts": ("mask",)}}
 
 
 @pytest.mark.parametrize("case", WRONG_SETTINGS)
 def test_wrong_settings_are_refused(case):
     value, sentence = WRONG_SETTINGS[case]
     name = case.split()[-1 if case == "no prompts" else 0]
-    with pytest.raises(ValueError, match=sentence):
-        tiny_config(**{name: value})
+    with pytest.raises(ValueError, match=sentence) as raised:
+        tiny_config(**{name: value, **BESIDE.get(case, {})})
+    assert "\n" not in str(raised.value)
+
+
+def test_points_need_cells_that_fill_the_token_grid():
+    assert tiny_config(point_downsample=3).point_downsample == 3
+    with pytest.raises(ValueError, match="point_downsample must divide the 4 x 4 token grid, got 3"):
+        tiny_config(point_downsample=3, prompts=("points",))
+
+
+def test_a_mask_head_and_its_sam_go_together():
+    with pytest.raises(ValueError, match="mask_head 'sam' and a sam_config go together, got mask_head 'sam'"):
+        tiny_config(sam_config=None, mask_head="sam")
 
 
 def test_the_sam_must_have_patches_of_16_pixels():

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from uground.modeling_uground import UGroundForReferringSegmentation, UGroundOutput
 from uground.modeling_uground.layer_policy import select_layers
-from uground.modeling_uground.lmm_access import prepare_lmm_inputs, token_validity
+from uground.modeling_uground.image_frames import ImageFrame
 from uground.modeling_uground.prompts import build_mask_prompts
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -57,14 +57,9 @@ def test_the_stages_one_by_one(scaling, embedding_layer):
     outputs = forward(model, inputs)
     images = model.get_image_embeddings(**inputs)
     is_image = inputs["input_ids"] == IMAGE_TOKEN
-    prepared = prepare_lmm_inputs(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        is_image.nonzero()[:, 1].view(3, 16),
-        images.lmm_features,
-        token_validity(inputs["valid_sizes"], (4, 4), 8),
-    )
-    lmm = model.lmm(**prepared, output_hidden_states=True)
+    rows = model.prepare_rows(inputs["input_ids"], inputs["attention_mask"], inputs["image_index"], images)
+    assert torch.equal(rows.image_columns, is_image.nonzero()[:, 1].view(3, 16))
+    lmm = model.lmm(**rows.lmm_inputs(), output_hidden_states=True)
     torch.testing.assert_close(outputs.logits, lmm.logits)
     assert len(lmm.hidden_states) == 5
     found = [(row, column) for row, column in (inputs["input_ids"] == SEGMENT_TOKEN).nonzero().tolist()]
@@ -85,10 +80,9 @@ def test_the_stages_one_by_one(scaling, embedding_layer):
             build_mask_prompts(
                 maps,
                 torch.tensor([0]),
-                inputs["valid_sizes"][row : row + 1],
-                inputs["original_sizes"][row : row + 1],
-                lmm_size=32,
-                low_resolution=16,
+                inputs["original_sizes"][row : row + 1].tolist(),
+                ImageFrame("letterbox", 32),
+                ImageFrame("letterbox", 16),
                 padding_value=0.0 if scaling == "minmax" else -10.0,
             ),
         )

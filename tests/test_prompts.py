@@ -5,14 +5,11 @@ import math
 import pytest
 import torch
 
-from uground.modeling_uground.prompts import (
-    PADDING_VALUE,
-    SegmentProjection,
-    SimilarityScaling,
-    build_mask_prompts,
-    map_to_image,
-    map_to_mask_prompt,
-)
+from torch.nn import functional as F
+
+from uground.modeling_uground.image_frames import ImageFrame, apply_matrices, grid_to_grid, grid_to_image
+from uground.modeling_uground.prompts import SegmentProjection, build_mask_prompts
+from uground.modeling_uground.similarity import PADDING_VALUE, SimilarityScaling
 
 
 def layer(count: int, number: int = 0) -> torch.Tensor:
@@ -79,27 +76,44 @@ def test_a_constant_map_under_scaled_stays_constant():
     torch.testing.assert_close(similarity.grad, torch.full((1, 3, 3), 0.25))
 
 
-def test_map_to_image_by_hand():
+def to_image(maps, side, image_hw):
+    """Maps over a letterbox of `side` pixels, in pixels of the image."""
+    return apply_matrices(maps, *grid_to_image(tuple(maps.shape[1:]), ImageFrame("letterbox", side), image_hw))
+
+
+def test_a_map_in_image_pixels_by_hand():
     """A 2x2 map on a 4-pixel frame of which the left half is image, at the size it has there."""
     similarity_map = torch.tensor([[[0.0, 4.0], [8.0, 12.0]]])
     # Centres of tokens lie at pixels 0.5 and 2.5: bilinear weights of the second one are 0, 1/4, 3/4, 1.
     rows = torch.tensor([0.0, 2.0, 6.0, 8.0])
     expected = rows[:, None] + torch.tensor([0.0, 1.0])
-    torch.testing.assert_close(map_to_image(similarity_map, (4, 2), 4, (4, 2)), expected[None])
+    torch.testing.assert_close(to_image(similarity_map, 4, (4, 2)), expected[None])
 
 
-def test_map_to_image_scales_the_valid_part_to_the_whole_image():
+def test_the_part_that_is_image_is_scaled_to_the_whole_image():
     similarity_map = torch.tensor([[[0.0, 4.0], [8.0, 12.0]]])
     # The valid row is [0, 1, 3, 4]; at twice its width pixels weigh their neighbours 1/4 and 3/4.
     row = torch.tensor([0.0, 0.25, 0.75, 1.5, 2.5, 3.25, 3.75, 4.0])
-    torch.testing.assert_close(map_to_image(similarity_map, (1, 4), 4, (3, 8)), row.expand(1, 3, 8))
+    matrices = grid_to_image((2, 2), ImageFrame("letterbox", 4), (3, 8), windows=((0, 1), (0, 4)))
+    torch.testing.assert_close(apply_matrices(similarity_map, *matrices), row.expand(1, 3, 8))
+
+
+def mask_prompt(image_map, side, padding_value):
+    """One map that covers its image pixel by pixel, as a mask prompt: nothing but the way to the head's frame."""
+    height, width = image_map.shape[-2:]
+    lmm_frame = ImageFrame("letterbox", max(height, width))
+    grid = F.pad(image_map, (0, lmm_frame.side - width, 0, lmm_frame.side - height))
+    image = torch.zeros(len(image_map), dtype=torch.long)
+    return build_mask_prompts(
+        grid, image, [(height, width)], lmm_frame, ImageFrame("letterbox", side), padding_value
+    )
 
 
 def test_a_mask_prompt_is_padded_below_and_to_the_right():
     wide = torch.arange(8.0).view(1, 2, 4)
-    prompt = map_to_mask_prompt(wide, 4, -10.0)
+    prompt = mask_prompt(wide, 4, -10.0)
     assert prompt.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7], [-10] * 4, [-10] * 4]]
-    tall = map_to_mask_prompt(wide.mT, 4, 0.0)
+    tall = mask_prompt(wide.mT, 4, 0.0)
     assert tall.tolist() == [[[0, 4, 0, 0], [1, 5, 0, 0], [2, 6, 0, 0], [3, 7, 0, 0]]]
 
 
@@ -115,7 +129,7 @@ def test_a_mask_prompt_is_padded_below_and_to_the_right():
     ],
 )
 def test_the_longest_side_of_a_mask_prompt_fills_the_frame(size, rows, columns):
-    prompt = map_to_mask_prompt(torch.ones(2, *size), 4, -10.0)
+    prompt = mask_prompt(torch.ones(2, *size), 4, -10.0)
     expected = torch.full((4, 4), -10.0)
     expected[:rows, :columns] = 1.0
     torch.testing.assert_close(prompt, expected.expand(2, 4, 4))
@@ -125,7 +139,7 @@ def test_shrinking_a_map_looks_at_every_pixel():
     """Bilinear with antialias at half size: weights 1, 3, 3, 1 of eight, renormalised at the border."""
     image_map = torch.zeros(1, 8, 8)
     image_map[0, :, 2] = 8.0
-    prompt = map_to_mask_prompt(image_map, 4, 0.0)
+    prompt = mask_prompt(image_map, 4, 0.0)
     torch.testing.assert_close(prompt[0, 1], torch.tensor([8 / 7, 3.0, 0.0, 0.0]))
 
 
@@ -136,26 +150,48 @@ def batch():
     return {
         "similarity_map": torch.randn(5, 4, 4, generator=generator),
         "segment_image": torch.tensor([2, 0, 1, 0, 2]),
-        "valid_sizes": torch.tensor([[32, 32], [16, 32], [32, 20]]),
-        "original_sizes": torch.tensor([[50, 50], [20, 41], [96, 60]]),
+        "image_sizes": [(50, 50), (20, 41), (96, 60)],
     }
 
 
 def prompts_of(batch, padding_value=-10.0):
-    return build_mask_prompts(**batch, lmm_size=32, low_resolution=16, padding_value=padding_value)
+    frames = ImageFrame("letterbox", 32), ImageFrame("letterbox", 16)
+    return build_mask_prompts(**batch, lmm_frame=frames[0], prompt_frame=frames[1], padding_value=padding_value)
 
 
 def test_mask_prompts_equal_the_loop_over_single_images(batch):
     prompts = prompts_of(batch)
     assert prompts.shape == (5, 16, 16)
     for segment, image in enumerate(batch["segment_image"].tolist()):
-        image_map = map_to_image(
-            batch["similarity_map"][segment : segment + 1],
-            batch["valid_sizes"][image].tolist(),
-            32,
-            batch["original_sizes"][image].tolist(),
+        alone = {
+            "similarity_map": batch["similarity_map"][segment : segment + 1],
+            "segment_image": torch.tensor([0]),
+            "image_sizes": [batch["image_sizes"][image]],
+        }
+        torch.testing.assert_close(prompts[segment], prompts_of(alone)[0])
+
+
+def resize(maps, size, **options):
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False, **options)[:, 0]
+
+
+def test_mask_prompts_are_what_resizing_step_by_step_gives(batch):
+    """To the frame, out of it what is image, to the image's pixels, to the head's frame, padded."""
+    prompts, padding_value = prompts_of(batch), -10.0
+    valid, inside = [(32, 32), (16, 32), (32, 20)], [(16, 16), (8, 16), (16, 10)]
+    for segment, image in enumerate(batch["segment_image"].tolist()):
+        maps = batch["similarity_map"][segment : segment + 1]
+        rows, columns = valid[image]
+        pixels = resize(resize(maps, (32, 32))[:, :rows, :columns], batch["image_sizes"][image])
+        rows, columns = inside[image]
+        small = resize(pixels, (rows, columns), antialias=True)
+        expected = F.pad(small, (0, 16 - columns, 0, 16 - rows), value=padding_value)[0]
+        torch.testing.assert_close(prompts[segment], expected, atol=2e-6, rtol=0)
+        matrices = grid_to_grid(
+            (4, 4), ImageFrame("letterbox", 32), batch["image_sizes"][image], ImageFrame("letterbox", 16)
         )
-        torch.testing.assert_close(prompts[segment], map_to_mask_prompt(image_map, 16, -10.0)[0])
+        found = apply_matrices(maps, *matrices)[0, :rows, :columns]
+        torch.testing.assert_close(found, expected[:rows, :columns], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("padding_value", [0.0, -10.0])

@@ -5,7 +5,7 @@ import torch
 from tiny import END_TOKEN, IMAGE_TOKEN, SEGMENT_TOKEN, say_only, tiny_inputs, tiny_model
 from transformers import BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList
 
-from uground.modeling_uground.mask_decoder import mask_overlap
+from uground.modeling_uground.head_sam import mask_overlap
 from uground.modeling_uground.pretrained_uground import keep_mask_path
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -216,8 +216,8 @@ def test_agreement_is_the_mean_overlap_of_drawn_masks_with_their_average():
         model.get_image_embeddings(**inputs),
         **write(ANSWERS),
     )
-    draws = answers.segment_states.shape[0]
-    drawn = model.layer_policy(answers.segment_states).softmax(-1).multinomial(4, replacement=True)
+    draws = len(answers.segments)
+    drawn = model.layer_policy(answers.segments.states).softmax(-1).multinomial(4, replacement=True)
     masks = torch.stack([model.read_masks(answers, layer).mask_logits for layer in range(5)])
     expected = []
     for segment in range(draws):
@@ -247,7 +247,7 @@ def test_compiled_parts_give_the_same_and_save_under_the_same_names():
 
 def test_quantisation_leaves_the_mask_path_alone():
     config = BitsAndBytesConfig(load_in_4bit=True)
-    assert {"mask_decoder", "segment_projection", "lm_head"} <= {*keep_mask_path(config).llm_int8_skip_modules}
+    assert {"mask_decoder", "segment_projection", "lmm.lm_head"} <= {*keep_mask_path(config).llm_int8_skip_modules}
     assert config.llm_int8_skip_modules is None
     mine = keep_mask_path({"load_in_8bit": True, "llm_int8_skip_modules": ["vision_tower"]})
     assert {"vision_tower", "layer_policy", "mask_decoder"} <= {*mine["llm_int8_skip_modules"]}

@@ -61,7 +61,7 @@ def tiny_config(**settings) -> UGroundConfig:
             "iou_head_hidden_dim": 16,
         },
     )
-    defaults = {"sam_config": sam_config, "segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN}
+    defaults = {"segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN, "sam_config": sam_config}
     return UGroundConfig(lmm_config=lmm_config, **{**defaults, **settings})
 
 

@@ -8,13 +8,14 @@ from test_sam_weights import original_package
 from tiny import tiny_config, tiny_model
 
 from uground.hub.sam_weights import sam_config_from_state_dict, sam_from_original
-from uground.modeling_uground.mask_decoder import MaskDecoder
+from uground.modeling_uground.head_sam import SamHead
+from uground.modeling_uground.image_frames import ImageFrame
 
 # Of float32 sums in another order; 3e-7 is measured on logits of order 1.
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def tiny_decoder() -> MaskDecoder:
+def tiny_decoder() -> SamHead:
     """64-pixel frames, 16 prompt channels, every parameter random."""
     return tiny_model().mask_decoder
 
@@ -127,8 +128,109 @@ def test_gradients_reach_prompts_and_decoder(batch):
     assert decoder.sam.mask_decoder.mask_tokens.weight.grad.abs().sum() > 1e-4
 
 
-def test_low_resolution_is_a_quarter_of_the_frame():
-    assert MaskDecoder(tiny_config().sam_config).low_resolution == 16
+def test_masks_live_at_a_quarter_of_the_frame():
+    head = SamHead(tiny_config().sam_config)
+    assert head.side == 16
+    assert head.frame == ImageFrame("letterbox", 64)
+
+
+def test_patches_of_another_size_are_refused():
+    config = tiny_config().sam_config
+    config.vision_config.patch_size = 8
+    with pytest.raises(ValueError, match="the SAM of UGround has patches of 16 pixels, got 8"):
+        SamHead.frame_of(config)
+
+
+POINTS = torch.tensor([[10.0, 20.0], [50.5, 3.25], [0.0, 63.0], [31.0, 40.0], [12.0, 12.0]])
+LABELS = torch.tensor([1, 0, -1, 1, -10])
+
+
+@pytest.fixture
+def points():
+    """Five points for each of the four segments, no two alike: inside, outside, somewhere and none at all."""
+    shifts = torch.tensor([0.0, 1.5, 3.0, -2.0])[:, None, None]
+    labels = torch.stack([LABELS, LABELS.roll(1), LABELS.flip(0), LABELS.roll(2)])
+    return (POINTS + shifts).clamp(0, 63), labels
+
+
+@torch.no_grad()
+def test_points_are_those_of_the_sam_of_transformers(batch, points):
+    """The same points and labels, one image with its segments at a time, as `SamModel` takes them."""
+    head = tiny_decoder()
+    masks, scores = head(batch["image_embeddings"], batch["segment_image"], point_prompts=points)
+    for image in (0, 1):
+        mine = batch["segment_image"] == image
+        expected = head.sam(
+            image_embeddings=batch["image_embeddings"][image : image + 1],
+            input_points=points[0][mine][None],
+            input_labels=points[1][mine][None],
+            multimask_output=False,
+        )
+        torch.testing.assert_close(masks[mine], expected.pred_masks[0, :, 0], **TOLERANCE)
+        torch.testing.assert_close(scores[mine], expected.iou_scores[0, :, 0], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_embedding_points_and_mask_together_are_what_each_says(batch, points):
+    """Points come first among the sparse prompts, then the embedding; the mask is the dense one."""
+    head = tiny_decoder()
+    masks, scores = head(**batch, point_prompts=points)
+    for segment, image in enumerate(batch["segment_image"].tolist()):
+        dense = batch["mask_prompts"][segment, None, None]
+        sparse, dense = head.sam.prompt_encoder(
+            points[0][segment, None, None], points[1][segment, None, None], None, dense
+        )
+        sparse = torch.cat([sparse, batch["embedding_prompts"][segment].view(1, 1, 1, -1)], 2)
+        assert sparse.shape == (1, 1, 5 + 1 + 1, 16)  # transformers adds a point that is none
+        expected, expected_scores = head.sam.mask_decoder(
+            image_embeddings=batch["image_embeddings"][image : image + 1],
+            image_positional_embeddings=head.sam.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        torch.testing.assert_close(masks[segment], expected[0, 0, 0], **TOLERANCE)
+        torch.testing.assert_close(scores[segment], expected_scores[0, 0, 0], **TOLERANCE)
+    for changed in ({"point_prompts": None}, {"embedding_prompts": None}, {"mask_prompts": None}):
+        other, _ = head(**{**batch, "point_prompts": points, **changed})
+        assert ((other - masks).abs().amax((1, 2)) > 1e-3).all(), changed
+
+
+@torch.no_grad()
+def test_where_a_neutral_or_absent_point_lies_is_no_matter(batch, points):
+    head, moved = tiny_decoder(), points[0].clone()
+    moved[points[1] < 0] = 5.0
+    args = batch["image_embeddings"], batch["segment_image"]
+    masks, _ = head(*args, point_prompts=points)
+    torch.testing.assert_close(head(*args, point_prompts=(moved, points[1]))[0], masks, **TOLERANCE)
+    # But of a neutral point SAM learns that it is there.
+    absent = points[1].masked_fill(points[1] == -1, -10)
+    assert ((head(*args, point_prompts=(points[0], absent))[0] - masks).abs().amax((1, 2)) > 1e-4).all()
+    # And where the others lie matters.
+    moved = points[0].clone()
+    moved[points[1] >= 0] = 5.0
+    assert ((head(*args, point_prompts=(moved, points[1]))[0] - masks).abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_gradients_reach_points(batch, points):
+    places = points[0].requires_grad_()
+    masks, _ = tiny_decoder()(batch["image_embeddings"], batch["segment_image"], point_prompts=(places, points[1]))
+    masks.square().sum().backward()
+    assert (places.grad[points[1] >= 0].abs().sum(-1) > 0).all()
+    assert (places.grad[points[1] < 0] == 0).all()
+
+
+@pytest.mark.parametrize("prompts", [("embedding",), ("mask",), ("points",), ("embedding", "points", "mask")])
+def test_what_it_says_is_unused_gets_no_gradient_and_the_rest_does(batch, points, prompts):
+    head = tiny_decoder()
+    given = {"embedding": batch["embedding_prompts"], "mask": batch["mask_prompts"], "points": points}
+    arguments = {"embedding": "embedding_prompts", "mask": "mask_prompts", "points": "point_prompts"}
+    embeddings = head.encode(random(2, 3, 64, 64))
+    masks, scores = head(embeddings, batch["segment_image"], **{arguments[name]: given[name] for name in prompts})
+    (masks.square().sum() + scores.sum()).backward()
+    silent = {name for name, value in head.named_parameters() if value.grad is None or not value.grad.any()}
+    unused = tuple(f"{part}." for part in head.unused(prompts))
+    assert silent == {name for name, _ in head.named_parameters() if name.startswith(unused)}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +274,7 @@ def original():
 def test_masks_are_those_of_segment_anything(original, absent):
     """The projected segment state stands where points would, the similarity map is the mask prompt; one mask each."""
     weights = original.state_dict()
-    decoder = MaskDecoder(sam_config_from_state_dict(weights)).eval()
+    decoder = SamHead(sam_config_from_state_dict(weights)).eval()
     decoder.sam.load_state_dict(sam_from_original(weights))
     frames, embedding_prompts, mask_prompts = (
         random(2, 3, 64, 64),
