@@ -194,7 +194,12 @@ LOADERS = pytest.mark.parametrize("loader", [load, load_with_auto_class], ids=["
 @LOADERS
 @pytest.mark.parametrize(
     "name",
-    ["layer_policy.gates", "segment_projection.linear_2.weight", "segment_projection.linear_1.bias", "similarity_scaling.bias"],
+    [
+        "layer_policy.gates",
+        "segment_projection.linear_2.weight",
+        "segment_projection.linear_1.bias",
+        "similarity_scaling.bias",
+    ],
 )
 def test_a_missing_tensor_is_named(copied, loader, name):
     edit_weights(copied, lambda tensors: tensors.pop(name))

@@ -104,9 +104,7 @@ def mask_prompt(image_map, side, padding_value):
     lmm_frame = ImageFrame("letterbox", max(height, width))
     grid = F.pad(image_map, (0, lmm_frame.side - width, 0, lmm_frame.side - height))
     image = torch.zeros(len(image_map), dtype=torch.long)
-    return build_mask_prompts(
-        grid, image, [(height, width)], lmm_frame, ImageFrame("letterbox", side), padding_value
-    )
+    return build_mask_prompts(grid, image, [(height, width)], lmm_frame, ImageFrame("letterbox", side), padding_value)
 
 
 def test_a_mask_prompt_is_padded_below_and_to_the_right():

@@ -171,7 +171,11 @@ def test_a_whole_prompt_does_not_become_a_label(model, processor):
 def test_memory_is_given_back(model, processor, leave):
     session = model.image_session(gradient_image(30, 50), processor)
     session("fish", **write(processor, ANSWER))
-    held = [session._images.sam_embeddings, session._prefix.image_states.layers[0], session._prefix.cache.layers[0].keys]
+    held = [
+        session._images.sam_embeddings,
+        session._prefix.image_states.layers[0],
+        session._prefix.cache.layers[0].keys,
+    ]
     held = [weakref.ref(tensor) for tensor in held]
     assert all(reference() is not None for reference in held)
     if leave == "close":
