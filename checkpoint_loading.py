@@ -7,8 +7,9 @@ from pathlib import Path
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import adapter_base, check_model_files, reason_of
 from uground.processing import UGroundProcessor
+from uground.processing.image_processors import frame_of
 from uground.processing.processor_files import check_prompt_format
-from uground.processing.prompt_format import check_token_ids
+from uground.processing.prompt_format import check_image_frame, check_token_ids
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIG_FILE, ADAPTER_FILE, PROCESSOR_FILE = "config.json", "adapter_config.json", "processor_config.json"
@@ -122,6 +123,10 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> No
     Raises:
         ValueError: an id or a size differs, or an id lies outside of the vocabulary.
     """
+    try:
+        check_image_frame(config, processor)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if config.segment_token_id is not None:  # a converted model may not know its token yet
         try:
             check_token_ids(config, processor)
@@ -134,8 +139,8 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> No
         )
     vision = config.lmm_config.vision_config
     sizes = (
-        ("image_processor", processor.image_processor.pad_size["height"], vision.image_size),
-        ("sam_image_processor", processor.sam_image_processor.pad_size["height"], config.frame_size),
+        ("image_processor", frame_of(processor.image_processor)[1], vision.image_size),
+        ("sam_image_processor", frame_of(processor.sam_image_processor)[1], config.frame_size),
         ("patch_size", processor.patch_size, vision.patch_size),
     )
     for name, said, expected in sizes:

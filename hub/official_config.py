@@ -1,4 +1,4 @@
-"""`UGroundConfig` of a released UGround checkpoint, from its `config.json` and the shapes of its tensors."""
+"""`UGroundConfig` of a released checkpoint, from its `config.json` and the shapes of its tensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from uground.hub.official_names import EMBEDDINGS, GATES, PROJECTOR, SAM_PREFIX, looks_like
+from uground.hub.official_names import EMBEDDINGS, SAM_PREFIX
+from uground.hub.official_systems import OfficialSystem, PointArguments
 from uground.hub.sam_weights import sam_config_from_state_dict
 from uground.modeling_uground import UGroundConfig
 from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 
-# The official code lays the image tokens out on this grid, whatever the vision tower.
-GRID_SIDE = 24
 # "mode" of the official code: which state prompts the mask decoder, the one of the last layer or of the chosen one.
 EMBEDDING_LAYERS = {1: "last", 2: "last", 3: "selected"}
 # What LlamaConfig is told of the official configuration; anything else keeps its default.
@@ -37,23 +36,6 @@ REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_a
 PAD_TOKEN_ID = 0
 
 
-def check_family(source, shapes: Mapping[str, tuple], tokens=()) -> None:
-    """
-    Raise a `ValueError` that says what the checkpoint looks like, unless it is a UGround.
-
-    Args:
-        source: what to call it.
-        shapes: name to shape of its tensors.
-        tokens: of its tokenizer, as far as known.
-    """
-    for name in (GATES, f"{SAM_PREFIX}image_encoder.pos_embed", f"{PROJECTOR}.2.weight", EMBEDDINGS):
-        if name not in shapes:
-            raise ValueError(
-                f"{source} is no official UGround checkpoint, it lacks {name}; it looks like "
-                f"{looks_like(shapes, tokens)}."
-            )
-
-
 def vision_config(folder: Path) -> CLIPVisionConfig:
     """
     The configuration of the vision tower in a folder that holds it alone or a whole CLIP.
@@ -72,33 +54,40 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
         return CLIPVisionConfig(**{name: value for name, value in config.items() if name != "model_type"})
 
 
-def check_vision_tower(folder: Path, vision: CLIPVisionConfig, config: dict, shapes: Mapping[str, tuple]) -> None:
+def check_vision_tower(
+    folder: Path, vision: CLIPVisionConfig, config: dict, shapes: Mapping[str, tuple], system: OfficialSystem
+) -> None:
     """Raise a `ValueError` unless the vision tower is one that the checkpoint can have been trained with."""
-    width = shapes[f"{PROJECTOR}.0.weight"][1]
+    name, named = system.projector_weight, config.get("mm_vision_tower") or config.get("vision_tower")
+    width = shapes[name][1]
     if vision.hidden_size != width:
         raise ValueError(
-            f"The vision tower {folder} has width {vision.hidden_size}, but {PROJECTOR}.0.weight of the checkpoint "
-            f"takes {width}; it was trained with {config.get('mm_vision_tower')}."
+            f"The vision tower {folder} has width {vision.hidden_size}, but {name} of the checkpoint "
+            f"takes {width}; it was trained with {named}."
         )
-    side = vision.image_size // vision.patch_size
-    if side != GRID_SIDE:
+    # The official code lays the image tokens out on a grid of its own, whatever the vision tower.
+    side, expected = vision.image_size // vision.patch_size, system.grid_side
+    if side != expected:
         raise ValueError(
             f"The vision tower {folder} makes {side} x {side} patches of {vision.image_size} pixels, expected "
-            f"{GRID_SIDE} x {GRID_SIDE} as in {config.get('mm_vision_tower')}."
+            f"{expected} x {expected} as in {named}."
         )
 
 
-def _check_settings(config: dict) -> None:
+def _check_settings(config: dict, system: OfficialSystem) -> None:
     """Refuse settings that other branches of the official code would be needed for."""
+    # Without the key UGround pads; the others know no padding.
+    pads = system.frame == "letterbox"
+    projector = "mlp2x_gelu" if system.projector_layers == 2 else "linear"
     for name, default, expected in (
-        ("mm_projector_type", "mlp2x_gelu", ("mlp2x_gelu",)),
+        ("mm_projector_type", projector, (projector,)),
         ("mm_vision_select_feature", "patch", ("patch",)),
         ("strategy", "policy_walker", ("policy_walker",)),
         ("mode", 3, tuple(EMBEDDING_LAYERS)),
         ("baseline_type", "ema", ("ema", "critic")),
         ("resize_vision_tower", False, (False,)),
         ("vision_tower_for_mask", False, (False,)),
-        ("pad_train_clip_images", True, (True,)),
+        ("pad_train_clip_images", pads, (pads,)),
         ("tie_word_embeddings", False, (False,)),
     ):
         if config.get(name, default) not in expected:
@@ -111,13 +100,15 @@ def _check_settings(config: dict) -> None:
         raise ValueError(f"config.json of the checkpoint lacks {', '.join(missing)}.")
 
 
-def official_layer_selection(config: dict) -> str:
+def official_layer_selection(config: dict, system: OfficialSystem) -> str:
     """
     How the official evaluation picks a layer.
 
     Every shipped script evaluates with `eval_legacy` or mode 1, at the last layer; only without them would the
     official code sample from the policy.
     """
+    if not system.has_policy:
+        return "last"
     return "last" if config.get("eval_legacy", True) or config.get("mode", 3) == 1 else "sample"
 
 
@@ -125,24 +116,28 @@ def build_config(
     config: dict,
     shapes: Mapping[str, tuple],
     vision: CLIPVisionConfig,
+    system: OfficialSystem,
     segment_token_id: int | None,
     reject_token_id: int | None,
     layer_selection: str | int | None = None,
+    points: PointArguments | None = None,
 ) -> UGroundConfig:
     """
     Our configuration of an official checkpoint.
 
     Args:
         config: its `config.json`.
-        shapes: name to shape of its tensors; SAM's and the critic's sizes and the vocabulary are read off them.
+        shapes: name to shape of its tensors; SAM's sizes and the vocabulary are read off them.
         vision: of the vision tower.
+        system: which one it is.
         segment_token_id, reject_token_id: ids of `[SEG]` and `[REJ]`, or `None` where they are not known.
         layer_selection: default rule of the converted model; `None` for that of the official evaluation.
+        points: what was said of how points are picked.
 
     Raises:
         ValueError: a setting is not supported, or sizes do not fit together.
     """
-    _check_settings(config)
+    _check_settings(config, system)
     vocab_size = shapes[EMBEDDINGS][0]
     text = {name: config[name] for name in TEXT_KEYS if config.get(name) is not None}
     if config.get("rope_scaling") is not None:
@@ -151,27 +146,27 @@ def build_config(
         vision_config=vision,
         text_config=LlamaConfig(**text, vocab_size=vocab_size + 1, pad_token_id=PAD_TOKEN_ID),
         image_token_index=vocab_size,
-        image_seq_length=GRID_SIDE**2,
+        image_seq_length=system.grid_side**2,
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
+        # One layer is the first of two, behind which the second changes nothing.
+        projector_hidden_act="gelu" if system.projector_layers == 2 else "linear",
     )
     sam = {
         name.removeprefix(SAM_PREFIX): torch.empty(shape, device="meta")
         for name, shape in shapes.items()
         if name.startswith(SAM_PREFIX)
     }
-    critic = shapes.get("ppm.critic.0.weight", (config.get("critic_hidden_dim", 128),))
     return UGroundConfig(
         lmm_config=lmm_config,
         sam_config=sam_config_from_state_dict(sam),
         segment_token_id=segment_token_id,
         reject_token_id=reject_token_id,
-        prompts=("embedding", "mask"),
+        image_frame=system.frame,
+        prompts=system.prompts,
+        layer_policy=system.has_policy,
+        **((points or PointArguments()).settings(config["num_hidden_layers"]) if "points" in system.prompts else {}),
         similarity_scaling="minmax",
-        layer_selection=official_layer_selection(config) if layer_selection is None else layer_selection,
+        layer_selection=official_layer_selection(config, system) if layer_selection is None else layer_selection,
         embedding_layer=EMBEDDING_LAYERS[config.get("mode", 3)],
-        policy_baseline=config.get("baseline_type", "ema"),
-        policy_ema_decay=0.9,
-        critic_hidden_size=critic[0],
     )

@@ -51,21 +51,30 @@ _PREFIXES = {
     "lmm.model.multi_modal_projector.linear_2.": f"{PROJECTOR}.2.",
     "segment_projection.linear_1.": "model.text_hidden_fcs.0.0.",
     "segment_projection.linear_2.": "model.text_hidden_fcs.0.2.",
-    "layer_policy.critic.": "ppm.critic.",
     "layer_policy.gates": GATES,
 }
 _CLIP_PREFIX = "lmm.model.vision_tower."
 _SAM_PREFIX = "mask_decoder.sam."
-_NEW = ("layer_policy.reward_ema", "layer_policy.reward_updates")
+# Of the layer policy's critic, which is no part of the model; training reads it from a file of its own beside the
+# weights, by the names that stand behind this.
+CRITIC_PREFIX = "ppm."
+CRITIC = ("ppm.critic.0.weight", "ppm.critic.0.bias", "ppm.critic.2.weight", "ppm.critic.2.bias")
+BASELINE_FILE = "reward_baseline.safetensors"
 
 
-def source_of(name: str, iou_head_depth: int) -> tuple[Origin, str]:
+# Of a projector of one layer, and the second layer of ours, which then is the identity.
+_ONE_LAYER = {"lmm.model.multi_modal_projector.linear_1.": f"{PROJECTOR}."}
+_IDENTITY = "lmm.model.multi_modal_projector.linear_2."
+
+
+def source_of(name: str, iou_head_depth: int, projector_layers: int = 2) -> tuple[Origin, str]:
     """
     Where a tensor of the model comes from.
 
     Args:
         name: in the state dict of a `UGroundForReferringSegmentation` with a LLaVA.
         iou_head_depth: number of layers of SAM's IoU head.
+        projector_layers: linear layers of the projector, one or two.
 
     Returns:
         The origin, and the name there; for a vision tower without the prefix "vision_model.".
@@ -73,13 +82,13 @@ def source_of(name: str, iou_head_depth: int) -> tuple[Origin, str]:
     Raises:
         ValueError: the official model has nothing of the kind.
     """
-    if name in _NEW:
+    if projector_layers == 1 and name.startswith(_IDENTITY):
         return Origin.NEW, name
     if name.startswith(_CLIP_PREFIX):
         return Origin.VISION_TOWER, name.removeprefix(_CLIP_PREFIX)
     if name.startswith(_SAM_PREFIX):
         return Origin.CHECKPOINT, SAM_PREFIX + rename_sam_key(name.removeprefix(_SAM_PREFIX), iou_head_depth)
-    for ours, official in _PREFIXES.items():
+    for ours, official in (_PREFIXES | (_ONE_LAYER if projector_layers == 1 else {})).items():
         if name.startswith(ours):
             return Origin.CHECKPOINT, official + name.removeprefix(ours)
     raise ValueError(f"{name!r} has no counterpart in an official UGround checkpoint.")

@@ -30,7 +30,6 @@ class OfficialSystem:
         prompts: of its mask decoder.
         has_policy: whether it picks layers; without, segments are read at the last one.
         projector_layers: linear layers of its projector.
-        brackets: whether the image stands between `<im_start>` and `<im_end>` unless the configuration says otherwise.
     """
 
     title: str
@@ -39,7 +38,11 @@ class OfficialSystem:
     prompts: tuple[str, ...] = ("embedding",)
     has_policy: bool = False
     projector_layers: int = 2
-    brackets: bool = True
+
+    @property
+    def projector_weight(self) -> str:
+        """The first layer of the projector, which takes what the vision tower gives."""
+        return f"{PROJECTOR}.0.weight" if self.projector_layers == 2 else f"{PROJECTOR}.weight"
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -60,45 +63,99 @@ SYSTEMS = {
 READ_POINTS = {32: (30, (0.8, 0.2), 2), 40: (60, (0.6, 0.2), 1)}
 
 
-def check_system(source: str, shapes: Mapping[str, tuple], system: OfficialSystem, tokens=()) -> None:
+def find_system(source: str, shapes: Mapping[str, tuple], name: str | None, tokens=()) -> OfficialSystem:
     """
-    Raise a `ValueError` that says what the checkpoint looks like, unless it can be one of the system.
+    The system that a checkpoint is said to be; without a word a UGround, which its layer policy tells.
 
     Args:
         source: what to call it.
         shapes: name to shape of its tensors.
-        system: which it is said to be.
+        name: a key of `SYSTEMS`, or `None`.
         tokens: of its tokenizer, as far as known.
+
+    Raises:
+        ValueError: it cannot be one of that system; the sentence says what is missing and what it looks like.
     """
-    for name in system.required:
-        if name not in shapes:
+    if name is not None and name not in SYSTEMS:
+        raise ValueError(f"the system must be one of {', '.join(SYSTEMS)}, got {name!r}")
+    system = SYSTEMS[name or "uground"]
+    for required in system.required:
+        if required not in shapes:
+            hint = "" if name else "; name another system with --system"
             raise ValueError(
-                f"{source} is no official {system.title} checkpoint, it lacks {name}; it looks like "
-                f"{looks_like(shapes, tokens)}"
+                f"{source} is no official {system.title} checkpoint, it lacks {required}{hint}; it looks like "
+                f"{looks_like(shapes, tokens)}."
             )
     if not system.has_policy and GATES in shapes:
         raise ValueError(
             f"{source} is no official {system.title} checkpoint, it holds {GATES} of a layer policy; it looks like "
-            "a UGround"
+            "UGround."
         )
+    return system
 
 
-def read_points(num_layers: int, given: tuple | None = None) -> tuple[int, tuple[float, float], int]:
+@dataclass(frozen=True)
+class PointArguments:
     """
-    How READ picks its points.
+    What was said of how READ picks its points; `None` where it is to follow from the number of layers.
 
-    Args:
-        num_layers: of the language model.
-        given: number of points, thresholds, down-sampling; each `None` where it is to follow from `num_layers`.
-
-    Raises:
-        ValueError: one is not given, and no released model has so many layers.
+    Attributes:
+        num_points: points per segment.
+        thresholds: from where on a cell is positive, and up to where negative.
+        downsample: image tokens along each axis that make one cell.
     """
-    given = given or (None, None, None)
-    if None in given and num_layers not in READ_POINTS:
-        raise ValueError(
-            f"how points are picked follows from 32 or 40 layers, got {num_layers}: name --num-points, "
-            "--point-thresholds and --point-downsample"
-        )
-    known = READ_POINTS.get(num_layers, given)
-    return tuple(mine if mine is not None else usual for mine, usual in zip(given, known, strict=True))
+
+    num_points: int | None = None
+    thresholds: tuple[float, float] | None = None
+    downsample: int | None = None
+
+    @property
+    def is_given(self) -> bool:
+        return (self.num_points, self.thresholds, self.downsample) != (None, None, None)
+
+    @property
+    def is_whole(self) -> bool:
+        return None not in (self.num_points, self.thresholds, self.downsample)
+
+    def check(self, system: OfficialSystem, num_layers: int | None) -> None:
+        """
+        Raise a `ValueError` unless a model of the system can be made with these.
+
+        Args:
+            system: which one it is.
+            num_layers: of its language model; what is not said must follow from it.
+        """
+        has_points = "points" in system.prompts
+        if self.is_given and not has_points:
+            raise ValueError(
+                f"--num-points, --point-thresholds and --point-downsample are READ's, and {system.title} has no points"
+            )
+        for flag, value in (("--num-points", self.num_points), ("--point-downsample", self.downsample)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.downsample is not None and system.grid_side % self.downsample:
+            raise ValueError(
+                f"--point-downsample must divide the {system.grid_side} x {system.grid_side} token grid, "
+                f"got {self.downsample}"
+            )
+        if self.thresholds is not None:
+            high, low = self.thresholds
+            if not 0.0 <= low < high <= 1.0:
+                raise ValueError(
+                    "--point-thresholds must be two numbers in 0..1, that of positive points above that of negative "
+                    f"ones, got {high} {low}"
+                )
+        if has_points and not self.is_whole and isinstance(num_layers, int) and num_layers not in READ_POINTS:
+            raise ValueError(
+                f"how READ picks its points follows from {' or '.join(map(str, READ_POINTS))} layers, got "
+                f"{num_layers}: name --num-points, --point-thresholds and --point-downsample"
+            )
+
+    def settings(self, num_layers: int) -> dict:
+        """Of `UGroundConfig`, completed by what READ's code has for a language model of so many layers."""
+        names = ("num_points", "point_thresholds", "point_downsample")
+        given = (self.num_points, self.thresholds, self.downsample)
+        usual = READ_POINTS.get(num_layers, given)
+        return {
+            name: mine if mine is not None else other for name, mine, other in zip(names, given, usual, strict=True)
+        }

@@ -56,7 +56,7 @@ def convert_tokenizer(
     ]
     if missing:
         raise ValueError(
-            f"The tokenizer in {folder} lacks {', '.join(missing)}, so it is not that of a UGround checkpoint."
+            f"The tokenizer in {folder} lacks {', '.join(missing)}, so it is not that of an official checkpoint."
         )
     count = backend.get_vocab_size(with_added_tokens=True)
     if count != num_rows:

@@ -25,6 +25,8 @@ class SamHead(PreTrainedModel):
     _supports_sdpa = True
     # Modules that see images only, by their names below this one.
     encoders = ("sam.vision_encoder",)
+    # Trained whole beside an adapter.
+    trained_in_full = ("sam.mask_decoder", "sam.prompt_encoder")
     # Where SAM's pixels lie is no matter of training; both names are of one tensor.
     frozen = ("sam.shared_image_embedding", "sam.prompt_encoder.shared_embedding")
 
@@ -56,10 +58,18 @@ class SamHead(PreTrainedModel):
         """Side of mask prompts and mask logits, S/4."""
         return self.frame.side // FRAME_SCALE
 
-    def unused(self, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        """Names below this module of what never gets a gradient, given the prompts that segments come with."""
+    def unused(self, prompts: tuple[str, ...], scores: bool = True) -> tuple[str, ...]:
+        """
+        Names below this module of what never gets a gradient.
+
+        Args:
+            prompts: that segments come with.
+            scores: whether the estimates of the IoU are trained.
+        """
         # SAM draws four masks of a prompt; the first is the only one asked for.
         names = [f"sam.mask_decoder.output_hypernetworks_mlps.{number}" for number in range(1, 4)]
+        if not scores:
+            names.append("sam.mask_decoder.iou_prediction_head")
         names.append("sam.prompt_encoder." + ("no_mask_embed" if "mask" in prompts else "mask_embed"))
         if "points" not in prompts:
             names += ["sam.prompt_encoder.point_embed", "sam.prompt_encoder.not_a_point_embed"]

@@ -3,6 +3,7 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -170,7 +171,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         layer_index: torch.Tensor | None = None,
         layer_selection: str | int | None = None,
         num_layer_samples: int | None = None,
-        layer_uniforms: torch.Tensor | None = None,
+        layer_uniforms: torch.Tensor | np.ndarray | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
         sam_embeddings: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
@@ -191,8 +192,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             layer_index (`(N,)`, *optional*): forces the layer of each segment.
             layer_selection (`str` or `int`, *optional*): replaces `config.layer_selection` for this call.
             num_layer_samples (`int`, *optional*): replaces `config.num_layer_samples` for this call.
-            layer_uniforms (`(k, M)`, in [0, 1), *optional*): draws k layers for each of the first M segments with
-            these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and `other_maps`.
+            layer_uniforms (`(k, M)`, tensor or array in [0, 1), *optional*): draws k layers for each of the first M
+            segments with these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and
+            `other_maps`.
             image_embeddings (*optional*): of [`get_image_embeddings`], instead of the image inputs.
             sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of an earlier pass over these images, which then are not
             encoded by SAM.
@@ -290,6 +292,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Layers drawn with given numbers, their log-probabilities, and the maps at all draws but the first."""
         if logits is None:
             raise ValueError("layer_uniforms draw from a layer policy, which this model has not")
+        uniforms = torch.as_tensor(uniforms)
         missing = len(segments) - uniforms.shape[1]
         # A segment that stands for none of the batch is drawn too, and judged by nobody.
         uniforms = torch.nn.functional.pad(uniforms, (0, missing)) if missing > 0 else uniforms

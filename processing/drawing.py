@@ -59,7 +59,7 @@ def draw_overlay(image: Image.Image, segments: list[dict], min_side: int = MIN_P
     return panel
 
 
-def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANEL_SIDE) -> Image.Image:
+def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANEL_SIDE, box=None) -> Image.Image:
     """
     Show a similarity map as a heat map over its image, in grey.
 
@@ -67,6 +67,7 @@ def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANE
         image: the image that was asked about.
         similarity_map (`(h, w)`): one value per image token that sees image, rows first; any range.
         min_side: as in [`draw_overlay`].
+        box: the part of the image that the map covers, x0, y0, x1, y1 in pixels; by default all of it.
 
     Returns:
         An RGB picture of the size [`draw_overlay`] gives the same image. A constant map is drawn as its lowest value.
@@ -76,9 +77,14 @@ def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANE
     spread = float(values.max() - values.min())
     values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
     heat = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
-    heat = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    return Image.blend(grey, heat, 0.6)
+    x0, y0, x1, y1 = (0, 0, *image.size) if box is None else box
+    across, down = size[0] / image.width, size[1] / image.height
+    place = round(x0 * across), round(y0 * down), round(x1 * across), round(y1 * down)
+    covered = (place[2] - place[0], place[3] - place[1])
+    heat = Image.fromarray(heat.astype(np.uint8)).resize(covered, Image.Resampling.NEAREST)
+    grey.paste(Image.blend(grey.crop(place), heat, 0.6), place)
+    return grey
 
 
 def draw_result(image: Image.Image, results, min_side: int = MIN_PANEL_SIDE) -> Image.Image:
@@ -101,7 +107,7 @@ def draw_result(image: Image.Image, results, min_side: int = MIN_PANEL_SIDE) -> 
         panels = [_with_caption(draw_overlay(image, segments, min_side), result["answer"])]
         for number, segment in enumerate(segments):
             if "similarity_map" in segment:
-                panel = draw_similarity(image, segment["similarity_map"], min_side)
+                panel = draw_similarity(image, segment["similarity_map"], min_side, segment.get("similarity_box"))
                 caption = f"{number + 1} similarity at layer {segment['layer']}: {segment['label']}"
                 panels.append(_with_caption(panel, caption, segment_color(number)))
         rows.append(_stack(panels, axis=0))

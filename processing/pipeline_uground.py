@@ -14,7 +14,8 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 from .argument_checks import check_number, check_one_of, check_whole
-from .prompt_format import check_token_ids
+from .image_processors import seen_box
+from .prompt_format import EARLIER_FRAME, check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
 from .rejection import is_rejected, map_peak
 
@@ -77,7 +78,8 @@ class ReferringSegmentationPipeline(Pipeline):
                 is taken to ask for what is not there, and gets no segments; `rejection.REJECT_THRESHOLD` is the value
                 for the bundled checkpoint. Needs a model with `similarity_scaling="scaled"`.
             return_similarity (`bool`): adds `"similarity_map"` to every segment, a float32 array with one value per
-                image token that sees image, rows first.
+                image token that sees image, rows first; and `"similarity_box"` where these see a part of the image
+                only, as of a model that is shown a centre crop: x0, y0, x1, y1 in pixels.
 
         Returns:
             For one image and one query a result, for one image and a list of queries a list of results; for a list
@@ -172,19 +174,21 @@ class ReferringSegmentationPipeline(Pipeline):
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
                 f"{self.model.config.similarity_scaling!r}"
             )
-        rows, maps = [], []
+        rows, maps, boxes = [], [], []
         for outputs in model_outputs["outputs"]:
             asked = queries[len(rows) : len(rows) + len(outputs["sequences"])]
             rows += self.processor.post_process_instance_segmentation(
                 outputs, mask_threshold=mask_threshold, queries=asked
             )
             maps += self._similarity_maps(outputs)
+            boxes += self._seen_boxes(outputs)
         results = []
-        for found, similarity_maps in zip(rows, maps, strict=True):
+        for found, similarity_maps, box in zip(rows, maps, boxes, strict=True):
             segments = _make_segments(found)
             if return_similarity:
                 for segment, similarity_map in zip(segments, similarity_maps, strict=True):
                     segment["similarity_map"] = similarity_map
+                    segment.update({} if box is None else {"similarity_box": list(box)})
             segments = [segment for segment in segments if segment["score"] >= threshold]
             peaks = list(map(map_peak, similarity_maps))
             if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold):
@@ -271,6 +275,13 @@ class ReferringSegmentationPipeline(Pipeline):
             rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
             maps[row].append(similarity_map[:rows, :columns].float().numpy())
         return maps
+
+    def _seen_boxes(self, outputs) -> list[tuple | None]:
+        """Per row, the part of its image that its similarity maps cover; `None` for all of it."""
+        sizes = outputs["original_sizes"].tolist()
+        # Processors of release 0.1.0 show whole images.
+        frame = getattr(self.processor, "image_frame", EARLIER_FRAME)
+        return [seen_box(frame, tuple(sizes[image])) for image in outputs["image_index"].tolist()]
 
 
 def _check_values(given: dict) -> None:

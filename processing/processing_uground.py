@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
 from .processor_files import (
@@ -16,6 +16,7 @@ from .processor_files import (
     check_template,
     names_broken_files,
     names_tokenizer_files,
+    saved_type,
 )
 from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
@@ -32,9 +33,8 @@ from .prompt_pieces import (
 from .query_layout import flatten_texts, match_answers, pair_images_with_queries
 from .row_encoding import Row, SpecialTokens, expand_image
 
-# Of pixels in 0..255: rescaling to 0..1 first would round differently from the official code.
-SAM_MEAN = [123.675, 116.28, 103.53]
-SAM_STD = [58.395, 57.12, 57.375]
+# What SAM sees of an image.
+SAM_FRAME = "letterbox"
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
 # Tokenizers that know no longest context claim one far above this.
@@ -43,28 +43,13 @@ LONGEST_CONTEXT = 2**31
 IMAGE_BRACKETS = ("<im_start>", "<im_end>")
 
 
-def letterbox_image_processor(size: int) -> SamImageProcessorPil:
-    """
-    An image processor that scales the longest side to `size` pixels (bilinear, PIL), normalises with SAM's mean and
-    standard deviation, and pads with zeros at the bottom and the right to `size` x `size`.
-
-    UGround feeds its LMM and its SAM this way, at two sizes.
-    """
-    return SamImageProcessorPil(
-        size={"longest_edge": size},
-        pad_size={"height": size, "width": size},
-        do_rescale=False,
-        image_mean=SAM_MEAN,
-        image_std=SAM_STD,
-    )
-
-
 class UGroundProcessor(ProcessorMixin):
     r"""
     Prepares images and queries for [`UGroundForReferringSegmentation`] and turns its outputs into answers and masks.
 
     Args:
-        image_processor (`SamImageProcessorPil`): letterbox for the LMM, see [`letterbox_image_processor`].
+        image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what the LMM sees of an image, see
+            [`make_image_processor`].
         sam_image_processor (`SamImageProcessorPil`): letterbox for the SAM frame. Both always run on PIL, so that
             results do not depend on torchvision being installed.
         tokenizer: a fast tokenizer that holds `segment_token` and `image_token`, and `reject_token` if the model can
@@ -79,6 +64,7 @@ class UGroundProcessor(ProcessorMixin):
     Attributes:
         segment_token_id, reject_token_id (`None` if absent), image_token_id: ids, resolved by name.
         num_image_tokens: image tokens of one image, (image size // patch size) squared.
+        image_frame: what the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
 
     Raises:
         ValueError: a token is not exactly one id, or the sizes do not fit together.
@@ -97,8 +83,11 @@ class UGroundProcessor(ProcessorMixin):
         image_token="<image>",
         chat_template=None,
     ):
-        image_processor = _on_pil(image_processor, "image_processor")
-        sam_image_processor = _on_pil(sam_image_processor, "sam_image_processor")
+        image_processor = on_pil(image_processor, "image_processor")
+        sam_image_processor = on_pil(sam_image_processor, "sam_image_processor")
+        sam_frame, _ = frame_of(sam_image_processor)
+        if sam_frame != SAM_FRAME:
+            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {SAM_FRAME}, got {sam_frame}")
         self.patch_size = patch_size
         self.segment_token = segment_token
         self.reject_token = reject_token
@@ -111,7 +100,7 @@ class UGroundProcessor(ProcessorMixin):
         for role in ("pad_token", "eos_token"):
             if getattr(tokenizer, role) is None:
                 raise ValueError(f"the tokenizer of a UGroundProcessor must have a {role}, got one without")
-        side = image_processor.pad_size["height"]
+        _, side = frame_of(image_processor)
         if patch_size < 1 or side % patch_size:
             raise ValueError(f"patch_size must divide the LMM image size {side}, got {patch_size}")
         self.num_image_tokens = (side // patch_size) ** 2
@@ -158,7 +147,7 @@ class UGroundProcessor(ProcessorMixin):
         with names_tokenizer_files(pretrained_model_name_or_path, **kwargs):
             tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
         check_length(tokenizer)
-        return [*(SamImageProcessorPil(**{**setting, **changed}) for setting in settings), tokenizer]
+        return [*(IMAGE_PROCESSORS[saved_type(setting)](**{**setting, **changed}) for setting in settings), tokenizer]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """
@@ -215,7 +204,7 @@ class UGroundProcessor(ProcessorMixin):
             - **labels** `(B, T)` int64, with `answers` only: -100 everywhere but at the answer and its end.
             - **image_index** `(B,)` int64: the image a row asks about. Left out where each image has one query, so
               that such outputs can be cut, stacked and joined.
-            - **pixel_values** `(I, 3, h, w)`, **sam_pixel_values** `(I, 3, S, S)` float32: letterboxed images.
+            - **pixel_values** `(I, 3, h, w)`, **sam_pixel_values** `(I, 3, S, S)` float32: what the LMM and SAM see.
             - **valid_sizes**, **sam_valid_sizes** `(I, 2)` int64: rows, columns of them that are image.
             - **original_sizes** `(I, 2)` int64: height, width of the image as given, after EXIF rotation.
 
@@ -261,8 +250,13 @@ class UGroundProcessor(ProcessorMixin):
         """A whole prompt of a conversation that keeps whose words are whose, see [`prompt_pieces.render_prompt`]."""
         return render_prompt(self, turns, query, learn_answers)
 
+    @property
+    def image_frame(self) -> str:
+        """What the LMM sees of an image, as `config.image_frame` of its model says it."""
+        return frame_of(self.image_processor)[0]
+
     def check_token_ids(self, config) -> None:
-        """Refuse a model with other ids, see [`prompt_format.check_token_ids`]."""
+        """Refuse a model with other ids or another frame, see [`prompt_format.check_token_ids`]."""
         check_token_ids(config, self)
 
     @property
@@ -402,8 +396,8 @@ class UGroundProcessor(ProcessorMixin):
         """Both frames of every image, and the sizes of image and frames."""
         names = ["the image"] if len(images) == 1 else [f"image {i + 1} of {len(images)}" for i in range(len(images))]
         pictures = [read_image(image, name) for image, name in zip(images, names, strict=True)]
-        pixels, valid = _letterbox(self.image_processor, pictures, options.images)
-        sam_pixels, sam_valid = _letterbox(self.sam_image_processor, pictures, options.images)
+        pixels, valid = read_frames(self.image_processor, pictures, options.images)
+        sam_pixels, sam_valid = read_frames(self.sam_image_processor, pictures, options.images)
         return {
             "pixel_values": pixels,
             "valid_sizes": valid,
@@ -426,17 +420,6 @@ class UGroundProcessor(ProcessorMixin):
         return BatchFeature(data=arrays, tensor_type=options.return_tensors)
 
 
-def _on_pil(image_processor, name: str) -> SamImageProcessorPil:
-    """The same letterbox on the PIL back-end."""
-    if isinstance(image_processor, SamImageProcessorPil):
-        return image_processor
-    if type(image_processor).__name__ != "SamImageProcessor":
-        raise ValueError(
-            f"the {name} of a UGroundProcessor must be a SamImageProcessor, got {type(image_processor).__name__}"
-        )
-    return SamImageProcessorPil(**image_processor.to_dict())
-
-
 def _default_chat_template(tokenizer) -> str:
     """The template beside this file, without the image brackets if the tokenizer would tear them apart."""
     path = Path(__file__).with_name("chat_template.jinja")
@@ -449,18 +432,4 @@ def _default_chat_template(tokenizer) -> str:
     return template
 
 
-def _letterbox(image_processor, pictures, options: dict) -> tuple[np.ndarray, np.ndarray]:
-    """`(I, 3, size, size)` float32 pixels and `(I, 2)` valid rows and columns."""
-    size = image_processor.size["longest_edge"]
-    for picture in pictures:
-        if int(min(picture.size) * size / max(picture.size) + 0.5) < 1:
-            raise ValueError(
-                f"an image may not be so elongated that its short side vanishes at {size} pixels, got "
-                f"{picture.width} wide and {picture.height} high"
-            )
-    features = image_processor(pictures, **options)
-    pixels = np.stack(features["pixel_values"]).astype(np.float32, copy=False)
-    return pixels, np.asarray(features["reshaped_input_sizes"], dtype=np.int64)
-
-
-__all__ = ["UGroundProcessor", "letterbox_image_processor"]
+__all__ = ["UGroundProcessor"]

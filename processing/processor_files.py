@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from .image_processors import DEFAULT_TYPE, IMAGE_PROCESSORS, type_of
 from .prompt_format import PLACEHOLDER, PromptFormat
 
 PROCESSOR_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "processor_config.json", "tokenizer.json", "chat_template.jinja"
@@ -20,7 +21,7 @@ LEGACY_TEMPLATE_FILE = "chat_template.json"
 LFS_POINTER = b"version https://git-lfs"
 # Pixels of a side; a picture of more would not fit into any memory.
 LARGEST_SIDE = 2**15
-SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb")
+SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb")
 LONGEST_REASON = 240
 
 
@@ -89,21 +90,31 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def saved_type(settings: dict) -> str:
+    """The kind of a saved image processor, a key of `IMAGE_PROCESSORS`; those of release 0.1.0 need not say it."""
+    name = settings.get("image_processor_type", DEFAULT_TYPE)
+    return type_of(name) if isinstance(name, str) else str(name)
+
+
 def check_image_settings(settings: dict, name: str) -> None:
     """
-    Raise a `ValueError` unless these are settings of a letterbox; the sentence says which is not.
+    Raise a `ValueError` unless these are settings of a frame; the sentence says which is not.
 
     Args:
         settings: of one image processor, as `processor_config.json` holds them.
         name: of that image processor.
     """
-    places = (("size", "longest_edge"), ("pad_size", "height"), ("pad_size", "width"))
+    if saved_type(settings) not in IMAGE_PROCESSORS:
+        raise ValueError(
+            f"{PROCESSOR_FILE}: image_processor_type of {name} must be {' or '.join(IMAGE_PROCESSORS)}, "
+            f"got {settings['image_processor_type']!r:.60}"
+        )
+    places, said = _places_of_side(settings)
     found = [settings[key].get(side) if isinstance(settings.get(key), dict) else None for key, side in places]
     if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in found) or len(set(found)) != 1:
-        raise ValueError(
-            f"{PROCESSOR_FILE}: {name} must have the same side in 1..{LARGEST_SIDE} as longest_edge of size and as "
-            f"height and width of pad_size, got {settings.get('size')!r:.60} and {settings.get('pad_size')!r:.60}"
-        )
+        keys = dict.fromkeys(key for key, _ in places)
+        got = " and ".join(f"{settings.get(key)!r:.60}" for key in keys)
+        raise ValueError(f"{PROCESSOR_FILE}: {name} must have the same side in 1..{LARGEST_SIDE} as {said}, got {got}")
     for key in ("image_mean", "image_std"):
         values = settings.get(key)
         if not isinstance(values, list) or len(values) != 3 or not all(_is_number(value) for value in values):
@@ -117,6 +128,17 @@ def check_image_settings(settings: dict, name: str) -> None:
         value = settings.get(key)
         if value is not None and (not _is_number(value) or (allowed is not None and value not in allowed)):
             raise ValueError(f"{PROCESSOR_FILE}: {key} of {name} must be a number it knows, got {value!r:.60}")
+
+
+def _places_of_side(settings: dict) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Where a saved image processor says the side of its frame, and that in words."""
+    if saved_type(settings) == DEFAULT_TYPE:
+        places = (("size", "longest_edge"), ("pad_size", "height"), ("pad_size", "width"))
+        return places, "longest_edge of size and as height and width of pad_size"
+    if settings.get("do_center_crop", True):
+        places = (("size", "shortest_edge"), ("crop_size", "height"), ("crop_size", "width"))
+        return places, "shortest_edge of size and as height and width of crop_size"
+    return (("size", "height"), ("size", "width")), "height and width of size"
 
 
 def check_fields(settings: dict) -> None:
@@ -214,5 +236,6 @@ __all__ = [
     "check_template",
     "names_broken_files",
     "names_tokenizer_files",
+    "saved_type",
     "what_is_broken",
 ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 # Stands for a query or an answer when a template is rendered to see what surrounds them; no template holds it.
 PLACEHOLDER = "zqxjk"
+EARLIER_FRAME = "letterbox"
 
 
 def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
@@ -34,7 +35,7 @@ def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
 
 def check_token_ids(config, processor) -> None:
     """
-    See that a model and a processor mean the same tokens.
+    See that a model and a processor mean the same tokens, and see images alike.
 
     Args:
         config: of the model, with `segment_token_id`, `reject_token_id` (`None` if it cannot reject by a token),
@@ -44,6 +45,7 @@ def check_token_ids(config, processor) -> None:
     Raises:
         ValueError: they do not, or an id lies outside of the vocabulary.
     """
+    check_image_frame(config, processor)
     size = config.get_text_config().vocab_size
     for name in ("segment_token_id", "reject_token_id", "image_token_id"):
         said, read = getattr(config, name), getattr(processor, name)
@@ -54,6 +56,17 @@ def check_token_ids(config, processor) -> None:
                 f"model and processor do not belong together: for {name} the config says {said}, the tokenizer "
                 f"{read}, and the vocabulary has {size} tokens"
             )
+
+
+def check_image_frame(config, processor) -> None:
+    """Raise a `ValueError` unless a processor shows images as the model of a config was trained to see them."""
+    # Code of release 0.1.0 knew one frame and did not name it.
+    said, made = (getattr(owner, "image_frame", EARLIER_FRAME) for owner in (config, processor))
+    if said != made:
+        raise ValueError(
+            f"model and processor do not belong together: for image_frame the config says {said!r}, and the "
+            f"processor makes a {made!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,4 +118,4 @@ class PromptFormat:
         )
 
 
-__all__ = ["PLACEHOLDER", "PromptFormat", "check_token_ids", "resolve_token"]
+__all__ = ["PLACEHOLDER", "PromptFormat", "check_image_frame", "check_token_ids", "resolve_token"]

@@ -27,9 +27,9 @@ class KeepGradients(TrainerCallback):
         self.steps.append({name: gradient.clone() for name, gradient in named if gradient is not None})
 
 
-def policy_model(baseline: str):
+def policy_model():
     """A tiny model with a policy that gives every layer a chance."""
-    model = tiny_model(policy_baseline=baseline).train()
+    model = tiny_model().train()
     with torch.no_grad():
         model.layer_policy.gates.mul_(0.02)
     return model
@@ -37,7 +37,7 @@ def policy_model(baseline: str):
 
 def train(folder, items, baseline: str, batch: int, **settings) -> dict:
     """Train on batches of `batch` per process, in order, and tell everything."""
-    model, gradients = policy_model(baseline), KeepGradients()
+    model, gradients = policy_model(), KeepGradients()
     defaults = {"max_steps": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "iou_weight": 0.5}
     trainer = tiny_trainer(
         folder,
@@ -45,13 +45,15 @@ def train(folder, items, baseline: str, batch: int, **settings) -> dict:
         model,
         trainer={"callbacks": [gradients]},
         per_device_train_batch_size=batch,
+        policy_baseline=baseline,
         **{**defaults, **settings},
     )
     trainer.train()
     return {
         "gradients": gradients.steps,
         "losses": losses_of(trainer),
-        "average": float(model.layer_policy.baseline()),
+        "average": float(trainer.baseline_training.baseline.moving_average()),
+        "baseline": trainer.baseline_training.baseline.state_dict(),
         "log": trainer.state.log_history[0],
     }
 
@@ -71,7 +73,7 @@ EVALUATIONS = [(3, 1, False), (3, 2, False), (3, 4, True), (5, 2, False), (8, 2,
 
 def evaluate(folder, count: int, batch: int, drop_last: bool = False) -> dict[str, float]:
     """Figures of an evaluation, of what is written too."""
-    model = policy_model("ema").eval()
+    model = policy_model().eval()
     model.generation_config.suppress_tokens = say_only(SEGMENT_TOKEN)
     settings = {"eval_generate_count": 3, "eval_max_new_tokens": 4, "dataloader_drop_last": drop_last}
     evaluated = {"eval_dataset": dataset(MIXED[:count])}
@@ -92,7 +94,7 @@ def skipped(folder, batch: int) -> float:
     """How many broken items a run says that it skipped."""
     mixture = Mixture([BrokenHere(MIXED[:8])], on_bad_sample="skip")
     settings = {"per_device_train_batch_size": batch, "max_steps": 2, "logging_steps": 2}
-    trainer = tiny_trainer(folder, MIXED, policy_model("ema"), trainer={"mixture": mixture}, **settings)
+    trainer = tiny_trainer(folder, MIXED, policy_model(), trainer={"mixture": mixture}, **settings)
     trainer.train_dataset = mixture.dataset()
     trainer.train()
     return trainer.state.log_history[0]["data/skipped"]
@@ -112,12 +114,13 @@ def train_sharded(folder) -> dict:
     trainer = tiny_trainer(
         folder,
         MIXED,
-        policy_model("critic"),
+        policy_model(),
         trainer={"eval_dataset": dataset(MIXED[:4])},
         per_device_train_batch_size=2,
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
         max_steps=3,
+        policy_baseline="critic",
         iou_weight=0.5,
         eval_strategy="steps",
         eval_steps=3,

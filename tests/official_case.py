@@ -13,6 +13,7 @@ from uground.hub.weight_files import WeightFiles
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import letterbox_image_processor
 from uground.training.grounding_loss import Geometry
+from uground.training.reward_baseline import BaselineTraining, RewardBaseline
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(DATA.glob("official_*"))
@@ -24,12 +25,11 @@ class OfficialCase:
     """One recorded batch, and the converted checkpoint that has to reproduce it."""
 
     def __init__(self, folder: Path, output: Path):
+        self.folder = output
         self.facts = json.loads((folder / "case.json").read_text())
         self.config = json.loads((folder / "official/config.json").read_text())
         self.tensors = load_file(folder / "case.safetensors")
-        ids = ("--segment-token-id", self.facts["seg_token_id"], "--reject-token-id", self.facts["rej_token_id"])
-        assert convert(folder / "official", folder / "clip", output, *ids) == 0
-        self.model = UGroundForReferringSegmentation.from_pretrained(output).eval()
+        self.model = self._convert(folder, output)
         self.count = len(self.facts["sizes"])
         self.images = [
             Image.fromarray(self.tensors[f"in.image.{index}"].permute(1, 2, 0).numpy()) for index in range(self.count)
@@ -38,6 +38,11 @@ class OfficialCase:
         # Encoded once for all runs; no recorded gradient flows through the images.
         with torch.no_grad():
             self.inputs = {**self._text(), "image_embeddings": self.model.get_image_embeddings(**self.pixels)}
+
+    def _convert(self, folder: Path, output: Path) -> UGroundForReferringSegmentation:
+        ids = ("--segment-token-id", self.facts["seg_token_id"], "--reject-token-id", self.facts["rej_token_id"])
+        assert convert(folder / "official", folder / "clip", output, *ids) == 0
+        return UGroundForReferringSegmentation.from_pretrained(output).eval()
 
     def _text(self) -> dict[str, torch.Tensor]:
         """Text inputs with the image tokens in place."""
@@ -89,13 +94,14 @@ class OfficialCase:
         return groups
 
     def geometry(self) -> Geometry:
-        config = self.model.config
-        return Geometry(
-            lmm_size=config.lmm_config.vision_config.image_size,
-            frame_size=config.frame_size,
-            valid_sizes=self.pixels["valid_sizes"],
-            sam_valid_sizes=self.pixels["sam_valid_sizes"],
-        )
+        return Geometry.of(self.model.config, self.pixels["original_sizes"])
+
+    def baseline(self) -> RewardBaseline:
+        """What rewards were held against; the critic as it was converted."""
+        kind = self.config.get("baseline_type", "ema")
+        found = RewardBaseline(self.model.config.num_layers, kind, 0.9, self.config.get("critic_hidden_dim", 128))
+        assert BaselineTraining(found).load(self.folder) == (kind == "critic")
+        return found
 
 
 def convert(source, clip, output, *flags) -> int:
@@ -106,7 +112,7 @@ def convert(source, clip, output, *flags) -> int:
 def converted_weights(folder) -> dict[str, torch.Tensor]:
     """Everything in the safetensors of a folder."""
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         found |= load_file(file)
     return found
 

@@ -17,7 +17,7 @@ STEPS = 8
 def build(folder, baseline: str, **settings):
     """A run with everything that has a state: dropout, schedule, moving average or critic, shuffling, a mixture."""
     torch.manual_seed(1)
-    model = tiny_model(policy_baseline=baseline).train()
+    model = tiny_model().train()
     model.lmm.model.language_model.config.attention_dropout = 0.2
     items = [{"image": example(number)["image"], "examples": [example(number)]} for number in range(10)]
     mixture = Mixture([items[:4], items[4:]], [1.0, 2.0], epoch_size=6, seed=3)
@@ -29,6 +29,7 @@ def build(folder, baseline: str, **settings):
         "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 2,
+        "policy_baseline": baseline,
     }
     callbacks = {"callbacks": [MixtureEpochs(mixture)], "mixture": mixture}
     trainer = tiny_trainer(folder, model=model, trainer=callbacks, **{**defaults, **settings})

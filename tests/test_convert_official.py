@@ -13,6 +13,7 @@ from uground.hub import checkpoint_writer
 from uground.hub.convert_official import build_parser, convert_official
 from uground.hub.official_names import IGNORED, VOCABULARY, Origin, is_ignored, source_of
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.training.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
 
 CLIP = TINY / "clip"
 OFFICIAL = TINY / "official"
@@ -39,9 +40,6 @@ def test_every_tensor_is_its_source_and_every_source_is_used(plain):
     used = set()
     for name, tensor in model.state_dict().items():
         origin, key = source_of(name, iou_head_depth=3)
-        if origin.value == "new":
-            assert not tensor.any(), name
-            continue
         expected = (clip if origin.value == "vision tower" else source)[key]
         if key in ("model.embed_tokens.weight", "lm_head.weight"):
             assert not tensor[-1].any() and tensor.shape[0] == VOCAB_SIZE + 1
@@ -62,7 +60,7 @@ def test_settings_are_those_of_the_official_evaluation(plain):
         "last",
         "selected",
     )
-    assert (config.policy_baseline, config.policy_ema_decay) == ("ema", 0.9)
+    assert not (plain / BASELINE_FILE).exists(), "nothing of training is known without a critic"
     assert config.prompts == ("embedding", "mask")
     assert config.lmm_config.vision_feature_layer == -2
     assert config.sam_config.vision_config.window_size == 14
@@ -211,13 +209,16 @@ def test_a_critic_comes_along(tmp_path):
     """Of any width, whatever the config says of it."""
     weights = critic_weights()
     convert_official(write_official(tmp_path / "source", weights, baseline_type="critic"), CLIP, tmp_path / "out")
-    policy = UGroundForReferringSegmentation.from_pretrained(tmp_path / "out").layer_policy
-    for name, tensor in policy.critic.state_dict().items():
+    UGroundForReferringSegmentation.from_pretrained(tmp_path / "out")
+    baseline = RewardBaseline(5, "critic", critic_hidden_size=24)
+    assert BaselineTraining(baseline).load(tmp_path / "out")
+    for name, tensor in baseline.critic.state_dict().items():
         assert torch.equal(tensor, weights[f"ppm.critic.{name}"])
+    assert baseline.reward_updates == 0 and baseline.moving_average() == 0
     logits = torch.randn(3, 5)
     hidden = (logits.softmax(-1).mean(0) @ weights["ppm.critic.0.weight"].T + weights["ppm.critic.0.bias"]).relu()
     expected = hidden @ weights["ppm.critic.2.weight"][0] + weights["ppm.critic.2.bias"][0]
-    assert_close(policy.predict_reward(logits), expected)
+    assert_close(baseline.batch_value(logits), expected)
 
 
 def model_of_other_sizes() -> UGroundForReferringSegmentation:
@@ -237,8 +238,6 @@ def model_of_other_sizes() -> UGroundForReferringSegmentation:
         lmm_config={"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_index": 50},
         sam_config=sam,
         similarity_scaling="minmax",
-        policy_baseline="critic",
-        critic_hidden_size=10,
     )
     model = UGroundForReferringSegmentation(config)
     with torch.no_grad():
@@ -253,7 +252,7 @@ def write_as_official(model: UGroundForReferringSegmentation, folder) -> None:
     for name, tensor in model.state_dict().items():
         origin, key = source_of(name, config.sam_config.mask_decoder_config.iou_head_depth)
         parts[origin][key] = (tensor[:-1] if key in VOCABULARY else tensor).contiguous()
-    settings = config.get_text_config().to_dict() | {"model_type": "llava", "baseline_type": "critic"}
+    settings = config.get_text_config().to_dict() | {"model_type": "llava"}
     settings |= {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     write_official(folder / "source", parts[Origin.CHECKPOINT], **settings)
     (folder / "clip").mkdir()
@@ -262,7 +261,7 @@ def write_as_official(model: UGroundForReferringSegmentation, folder) -> None:
 
 
 def test_any_sizes(tmp_path):
-    """Whatever the toy does not vary: grouped heads, depths, widths, window, frame, head of the IoU, the critic."""
+    """Whatever the toy does not vary: grouped heads, depths, widths, window, frame, head of the IoU."""
     torch.manual_seed(0)
     model = model_of_other_sizes()
     write_as_official(model, tmp_path)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from distributed_jobs import CASES, EVALUATIONS, MIXED, all_cases, evaluate, policy_model, skipped, train
 from processes import run_in_processes
+from safetensors.torch import load_file
+
+from uground.training.reward_baseline import BASELINE_FILE
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
@@ -30,6 +33,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, pair, case):
         gates = both["layer_policy.gates"].abs().max()
         assert (gates > 1e-5) == (case != "no segment at all")
     assert first["average"] == second["average"] == pytest.approx(alone["average"], abs=1e-5)
+    for name, value in alone["baseline"].items():
+        assert torch.equal(first["baseline"][name], second["baseline"][name]), name
+        torch.testing.assert_close(first["baseline"][name], value, atol=1e-5, rtol=1e-4, msg=name)
     means = {name: value for name, value in alone["log"].items() if "/" in name}
     assert {name: first["log"][name] for name in means} == pytest.approx(means, abs=1e-5)
 
@@ -60,7 +66,10 @@ def test_sharded_processes_train_evaluate_and_save_as_one_does(tmp_path, pair):
     assert any("eval_segment_rate" in entry for entry in sharded["log"])
     saved = folder / "sharded" / "checkpoint-3"
     assert not list(saved.glob("_fsdp*")), "the checkpoint must hold the model's own code"
-    model = type(policy_model("critic")).from_pretrained(saved)
-    assert not torch.equal(model.layer_policy.gates, policy_model("critic").layer_policy.gates)
-    assert float(model.layer_policy.reward_updates) == 3
+    model = type(policy_model()).from_pretrained(saved)
+    assert not torch.equal(model.layer_policy.gates, policy_model().layer_policy.gates)
+    baseline = load_file(saved / BASELINE_FILE)
+    assert baseline["reward_updates"] == 3
+    for name, value in alone["baseline"].items():
+        torch.testing.assert_close(baseline[name], value, atol=1e-4, rtol=1e-3, msg=name)
     assert list((folder / "sharded" / "cache").rglob("*.safetensors"))

@@ -1,24 +1,23 @@
-"""SSC: the layer policy, the rules that pick a layer, and the baseline that is saved with the weights."""
+"""SSC: the layer policy, the rules that pick a layer, and layers drawn with given numbers."""
 
 import pytest
 import torch
-from torch import nn
 
-from uground.modeling_uground.layer_policy import LayerPolicy, log_probs_of, select_layers
+from uground.modeling_uground.layer_policy import LayerPolicy, draw_layers, log_probs_of, select_layers
 
 LAYERS, WIDTH = 5, 3
 
 
-def policy(**settings) -> LayerPolicy:
+def policy() -> LayerPolicy:
     """A policy with gates of which no two are alike."""
-    made = LayerPolicy(LAYERS, WIDTH, **settings)
+    made = LayerPolicy(LAYERS, WIDTH)
     with torch.no_grad():
         made.gates.copy_(torch.randn(LAYERS, WIDTH, generator=torch.Generator().manual_seed(0)))
     return made
 
 
-def states(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, LAYERS, WIDTH, generator=torch.Generator().manual_seed(1))
+def states(count: int = 4, ids: int = 1) -> torch.Tensor:
+    return torch.randn(count, ids, LAYERS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def test_an_untrained_policy_is_uniform():
@@ -30,8 +29,13 @@ def test_logits_are_the_products_of_each_layer_with_its_own_gate():
     with torch.no_grad():
         made.gates.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
     # Layer 0: 1*5 + 2*6 = 17; layer 1: 3*7 - 1*8 = 13.
-    logits = made(torch.tensor([[[5.0, 6.0], [7.0, 8.0]]]))
+    logits = made(torch.tensor([[[[5.0, 6.0], [7.0, 8.0]]]]))
     assert logits.tolist() == [[17.0, 13.0]]
+
+
+def test_of_a_segment_of_several_ids_the_mean_of_their_states_is_read():
+    inputs = states(ids=3)
+    torch.testing.assert_close(policy()(inputs), policy()(inputs.mean(1, keepdim=True)))
 
 
 def test_probabilities_sum_to_one_and_log_probs_are_theirs():
@@ -47,7 +51,7 @@ def test_the_gradient_of_a_log_prob_is_the_one_derived_by_hand():
     log_probs_of(logits, index).sum().backward()
     # d log pi(k) / d w_l = ([l = k] - pi(l)) h_l, summed over segments.
     chosen = torch.eye(LAYERS)[index]
-    expected = ((chosen - logits.detach().softmax(-1))[..., None] * inputs).sum(0)
+    expected = ((chosen - logits.detach().softmax(-1))[..., None] * inputs[:, 0]).sum(0)
     torch.testing.assert_close(made.gates.grad, expected)
     assert made.gates.grad.abs().min() > 0
 
@@ -114,55 +118,8 @@ def test_log_probs_train_the_gates_whatever_the_rule(selection):
     assert made.gates.grad.abs().sum() > 0
 
 
-def test_the_moving_average_is_freed_of_the_zero_it_began_with():
-    made = policy(ema_decay=0.9)
-    assert made.baseline() == 0.0
-    made.update_baseline(torch.tensor(-2.0))
-    # One reward is its own average, however slow the decay.
-    torch.testing.assert_close(made.baseline(), torch.tensor(-2.0))
-    made.update_baseline(torch.tensor(4.0))
-    # b = 0.9 * (0.1 * -2) + 0.1 * 4 = 0.22; the weights of both rewards sum to 1 - 0.81.
-    torch.testing.assert_close(made.reward_ema, torch.tensor(0.22))
-    torch.testing.assert_close(made.baseline(), torch.tensor(0.22 / 0.19))
-    assert made.reward_updates == 2
-
-
-def test_a_decay_of_zero_keeps_the_last_reward_only():
-    made = policy(ema_decay=0.0)
-    for reward in (5.0, 1.0):
-        made.update_baseline(torch.tensor(reward))
-    assert made.baseline() == 1.0
-
-
-def test_the_baseline_is_saved():
-    made = policy()
-    made.update_baseline(torch.tensor(3.0))
-    fresh = LayerPolicy(LAYERS, WIDTH)
-    fresh.load_state_dict(made.state_dict())
-    assert {"gates", "reward_ema", "reward_updates"} == set(made.state_dict())
-    torch.testing.assert_close(fresh.baseline(), torch.tensor(3.0))
-
-
-def test_updating_the_baseline_keeps_no_graph():
-    made, reward = policy(), torch.tensor(1.0, requires_grad=True)
-    made.update_baseline(reward * 2)
-    assert not made.baseline().requires_grad
-
-
-def test_the_critic_reads_the_mean_probabilities_and_leaves_the_gates_alone():
-    made = policy(baseline="critic", critic_hidden_size=7)
-    assert [type(layer) for layer in made.critic] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert [tuple(made.critic[place].weight.shape) for place in (0, 2)] == [(7, LAYERS), (1, 7)]
-    logits = made(states())
-    value = made.predict_reward(logits)
-    first, last = made.critic[0], made.critic[2]
-    mean = logits.detach().softmax(-1).mean(0)
-    expected = last.weight @ (first.weight @ mean + first.bias).clamp_min(0) + last.bias
-    torch.testing.assert_close(value, expected[0])
-    value.backward()
-    assert made.gates.grad is None
-    assert made.critic[0].weight.grad.abs().sum() > 0
-
-
-def test_a_moving_average_needs_no_critic():
-    assert policy(baseline="ema").critic is None
+def test_layers_are_drawn_by_inverting_the_distribution_function():
+    logits = torch.tensor([[0.25, 0.5, 0.25], [0.0, 0.0, 1.0]]).log()
+    uniforms = torch.tensor([[0.0, 0.0], [0.24, 0.3], [0.26, 0.9], [0.74, 0.5], [0.76, 1 - 2**-53]]).double()
+    assert draw_layers(logits, uniforms).tolist() == [[0, 2], [0, 2], [1, 2], [1, 2], [2, 2]]
+    assert draw_layers(logits[:0], uniforms[:, :0]).shape == (5, 0)

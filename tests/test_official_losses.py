@@ -5,14 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from uground.modeling_uground import UGroundOutput
-from uground.modeling_uground.layer_policy import LayerPolicy
+from uground.modeling_uground.image_frames import ImageFrame
 from uground.training.grounding_loss import Geometry
 from uground.training.official import TRAINING_SETTINGS, official_losses
+from uground.training.reward_baseline import RewardBaseline
 from uground.training.trainer import UGroundTrainingConfig
 
-GEOMETRY = Geometry(
-    lmm_size=32, frame_size=64, valid_sizes=torch.tensor([[24, 32]]), sam_valid_sizes=torch.tensor([[48, 64]])
-)
+GEOMETRY = Geometry(ImageFrame("letterbox", 32), ImageFrame("letterbox", 64), ((24, 32),))
 
 
 def batch(count: int):
@@ -43,33 +42,33 @@ def batch(count: int):
 
 def test_total_is_the_weighted_sum():
     outputs, groups = batch(3)
-    losses = official_losses(outputs, groups, GEOMETRY, LayerPolicy(5, 8))
+    losses = official_losses(outputs, groups, GEOMETRY, RewardBaseline(5))
     assert_close(losses.mask_loss, losses.mask_bce_loss + losses.mask_dice_loss)
     assert_close(losses.loss, 2.0 + losses.mask_loss + 0.4 * losses.policy_loss)
 
 
 def test_moving_average_of_two_batches_by_hand():
     """b becomes 0.1 R, then 0.19 R, and is subtracted only then; the loss is a mean over the three segments."""
-    policy = LayerPolicy(5, 8)
+    baseline = RewardBaseline(5)
     outputs, groups = batch(3)
     for share in (0.1, 0.19):
-        losses = official_losses(outputs, groups, GEOMETRY, policy)
+        losses = official_losses(outputs, groups, GEOMETRY, baseline)
         expected = -(losses.reward * (1 - share) * outputs.log_probs).mean()
         assert_close(losses.policy_loss, expected)
-    assert_close(policy.reward_ema, 0.19 * losses.reward)
+    assert_close(baseline.reward_ema, 0.19 * losses.reward)
 
 
 def test_critic_by_hand():
     torch.manual_seed(0)
-    policy = LayerPolicy(5, 8, baseline="critic", critic_hidden_size=6)
+    baseline = RewardBaseline(5, "critic", critic_hidden_size=6)
     outputs, groups = batch(3)
-    losses = official_losses(outputs, groups, GEOMETRY, policy)
-    guess = policy.critic(outputs.layer_logits.detach().softmax(-1).mean(0)).squeeze()
+    losses = official_losses(outputs, groups, GEOMETRY, baseline)
+    guess = baseline.critic(outputs.layer_logits.detach().softmax(-1).mean(0)).squeeze()
     advantage = (losses.reward - guess).detach()
     assert_close(losses.policy_loss, -(advantage * outputs.log_probs).mean() + (guess - losses.reward) ** 2)
-    assert policy.reward_ema == 0.0
+    assert baseline.reward_ema == 0.0
     losses.policy_loss.backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in policy.critic.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in baseline.critic.parameters())
 
 
 def test_reward_is_the_sum_over_segments():
@@ -87,10 +86,10 @@ def test_reward_is_the_sum_over_segments():
 
 def test_no_segment_is_text_alone():
     outputs, _ = batch(0)
-    policy = LayerPolicy(5, 8)
-    losses = official_losses(outputs, [], GEOMETRY, policy)
+    baseline = RewardBaseline(5)
+    losses = official_losses(outputs, [], GEOMETRY, baseline)
     assert (losses.loss, losses.mask_loss, losses.policy_loss, losses.reward) == (2.0, 0.0, 0.0, 0.0)
-    assert policy.reward_updates == 0
+    assert baseline.reward_updates == 0
 
 
 def test_settings_are_arguments_of_the_trainer(tmp_path):

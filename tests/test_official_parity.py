@@ -4,7 +4,7 @@ import pytest
 import torch
 from official_case import CASES, OfficialCase
 
-from uground.modeling_uground.prompts import map_to_image
+from uground.modeling_uground.image_frames import apply_matrices, grid_to_image
 from uground.processing import post_process_masks
 from uground.training.official import official_losses
 
@@ -49,13 +49,10 @@ def test_similarity_and_its_map(case, outputs, kind):
     expected = case.tensors[f"{kind}.similarity"]
     assert difference(outputs[kind].similarity.flatten(1), expected) <= TOLERANCE * expected.abs().max()
     for group in case.target_groups():
-        image = group["images"][0]
-        maps = map_to_image(
-            outputs[kind].similarity_map[group["segments"]],
-            tuple(case.pixels["valid_sizes"][image].tolist()),
-            case.geometry().lmm_size,
-            tuple(case.pixels["original_sizes"][image].tolist()),
-        )
+        image, config = group["images"][0], case.model.config
+        image_hw = tuple(case.pixels["original_sizes"][image].tolist())
+        matrices = grid_to_image(config.token_grid_hw, config.adapter.frame, image_hw)
+        maps = apply_matrices(outputs[kind].similarity_map[group["segments"]], *matrices)
         assert difference(maps[:, ::2, ::2], case.tensors[f"{kind}.similarity_map.{image}"]) <= TOLERANCE
 
 
@@ -81,13 +78,18 @@ def test_layer_policy(case, outputs):
 
 
 @pytest.fixture(scope="module")
-def losses(case):
+def baseline(case):
+    return case.baseline()
+
+
+@pytest.fixture(scope="module")
+def losses(case, baseline):
     """Of both runs; the second one with its gradients, from a policy whose running reward begins at 0."""
     found = {}
     for kind in KINDS:
-        policy = case.model.layer_policy if kind == "policy" else None
+        used = baseline if kind == "policy" else None
         found[kind] = official_losses(
-            case.run(kind), case.target_groups(), case.geometry(), policy, case.config.get("baseline_beta", 1.0)
+            case.run(kind), case.target_groups(), case.geometry(), used, case.config.get("baseline_beta", 1.0)
         )
     case.model.zero_grad()
     found["policy"].loss.backward()
@@ -114,10 +116,10 @@ def test_gradients_of_the_total_loss(case, losses):
         assert (parameter.grad - expected).norm() <= GRADIENT_TOLERANCE * expected.norm(), name
 
 
-def test_the_running_reward_takes_the_batch_in_before_it_is_used(case, losses):
-    policy, found = case.model.layer_policy, losses["policy"]
-    if policy.critic is None:
-        assert policy.reward_ema.item() == pytest.approx(0.1 * found.reward.item(), rel=1e-6)
-        assert policy.reward_updates.item() == 1
+def test_the_running_reward_takes_the_batch_in_before_it_is_used(baseline, losses):
+    found = losses["policy"]
+    if baseline.critic is None:
+        assert baseline.reward_ema.item() == pytest.approx(0.1 * found.reward.item(), rel=1e-6)
+        assert baseline.reward_updates.item() == 1
     else:
-        assert policy.reward_updates.item() == 0
+        assert baseline.reward_updates.item() == 0

@@ -13,9 +13,15 @@ import torch
 from PIL import Image, ImageOps
 from tiny_processor import WORDS, gradient_image, tiny_processor, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from uground.processing import UGroundProcessor, image_reading, letterbox_image_processor, read_image
+from uground.processing import (
+    UGroundProcessor,
+    crop_image_processor,
+    image_reading,
+    letterbox_image_processor,
+    read_image,
+)
 from uground.processing.prompt_format import PromptFormat
 from uground.processing.query_layout import match_answers, pair_images_with_queries
 
@@ -187,8 +193,13 @@ def test_token_torn_apart_in_text_is_refused(torn):
 
 
 def test_other_image_processors_are_refused():
-    with pytest.raises(ValueError, match="image_processor.*got CLIPImageProcessorPil"):
-        UGroundProcessor(CLIPImageProcessorPil(), letterbox_image_processor(64), tiny_tokenizer())
+    with pytest.raises(ValueError, match="image_processor.*got ViTImageProcessorPil"):
+        UGroundProcessor(ViTImageProcessorPil(), letterbox_image_processor(64), tiny_tokenizer())
+    with pytest.raises(ValueError, match="sam_image_processor.* must make a letterbox, got centre_crop"):
+        UGroundProcessor(letterbox_image_processor(28), crop_image_processor(64), tiny_tokenizer())
+    uneven = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 14})
+    with pytest.raises(ValueError, match="must scale the shortest side and cut a square of the same side out"):
+        UGroundProcessor(uneven, letterbox_image_processor(64), tiny_tokenizer())
 
 
 # Images

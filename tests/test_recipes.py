@@ -87,6 +87,29 @@ def test_a_recipe_runs_on_a_stand_in(stand_in, tmp_path, recipe):
     assert (tmp_path / saved).is_file() and (tmp_path / "processor_config.json").is_file()
 
 
+def test_read_is_trained_as_official(tmp_path):
+    """A READ without [REJ]: adapter, projection and mask decoder move, the prompt encoder stays, no map is judged."""
+    (recipe,) = (path for path in RECIPES if path.stem == "read-7b-lora")
+    settings = {"image_frame": "centre_crop", "prompts": ("embedding", "points"), "layer_policy": False}
+    settings |= {"layer_selection": "last", "reject_token_id": None, "num_points": 5, "similarity_scaling": "minmax"}
+    tiny_model(**settings).save_pretrained(tmp_path / "model")
+    tiny_processor(frame="centre_crop").save_pretrained(tmp_path / "model")
+    Image.fromarray(gradient_image(40, 60)).save(tmp_path / "one.png")
+    line = {"image": "one.png", "query": "the red cup", "masks": [[[22, 2, 40, 2, 40, 30, 22, 30]]]}
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(line)] * 4))
+    arguments, config = parse(
+        command(tmp_path, tmp_path / "out", recipe, model=tmp_path / "model", train_data=tmp_path / "mine.jsonl")
+    )
+    trainer = finetune(arguments, config)
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    for part in ("lora_B", "trainable_tokens_delta", "sam.mask_decoder", "segment_projection"):
+        assert any(part in name for name in trained), part
+    assert not any("prompt_encoder" in name or "similarity_scaling" in name for name in trained)
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert {"loss/text", "loss/mask_bce", "loss/mask_dice"} <= logged
+    assert (config.mask_dice_weight, config.learning_rate, config.warmup_steps) == (0.5, 1e-4, 0)
+
+
 @pytest.mark.parametrize("name", ["llava-7b-lora", "llava-7b-full-fsdp"])
 def test_a_recipe_in_bfloat16_is_evaluated_saved_and_asked(stand_in, tmp_path, name):
     """Frozen weights in bfloat16 beside trained ones in float32, within mixed precision and without."""
@@ -118,7 +141,7 @@ def test_a_run_leaves_a_recipe_that_is_read_again(stand_in, tmp_path):
 
 def test_the_recipes_of_the_issue_are_there_and_keep_the_official_numbers():
     names = {path.stem for path in RECIPES}
-    assert {"tiny", "llava-7b-lora", "llava-13b-lora", "llava-7b-qlora", "llava-7b-full-fsdp"} <= names
+    assert {"tiny", "llava-7b-lora", "llava-13b-lora", "llava-7b-qlora", "llava-7b-full-fsdp", "read-7b-lora"} <= names
     for name, rank in (("llava-7b-lora", 8), ("llava-13b-lora", 64)):
         text = (RECIPES[0].parent / f"{name}.yaml").read_text()
         assert f"lora_rank: {rank}\n" in text and "learning_rate: 3.0e-4\n" in text

@@ -10,12 +10,20 @@ import pytest
 import torch
 from processes import CONTEXT
 from resume_jobs import STEPS, build, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_training import dataset, example, losses_of, tiny_trainer
 
 from uground.training.adapters import lora_config, with_adapter
-from uground.training.checkpoints import COMPLETE_FILE, last_complete_checkpoint, what_is_missing
+from uground.training.checkpoints import (
+    BASELINE_SETTINGS,
+    COMPLETE_FILE,
+    RUN_FILE,
+    last_complete_checkpoint,
+    mark_complete,
+    what_is_missing,
+)
+from uground.training.reward_baseline import BASELINE_FILE
 
 
 def run_until_killed(folder, baseline: str, **moment) -> None:
@@ -37,6 +45,8 @@ def assert_ends_alike(whole, resumed, killed) -> None:
     theirs, ours = (
         torch.load(Path(folder) / f"checkpoint-{STEPS}" / "optimizer.pt") for folder in (whole.args.output_dir, killed)
     )
+    final = [trainer.baseline_training.baseline.state_dict() for trainer in (whole, resumed)]
+    assert all(torch.equal(value, final[1][name]) for name, value in final[0].items())
     for number, state in theirs["state"].items():
         assert all(torch.equal(value, ours["state"][number][name]) for name, value in state.items())
 
@@ -82,6 +92,7 @@ def test_incomplete_checkpoints_say_what_they_lack(tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
     assert what_is_missing(checkpoint) is None
     assert set(json.loads((checkpoint / COMPLETE_FILE).read_text())) >= {"model.safetensors", "trainer_state.json"}
+    assert BASELINE_FILE in json.loads((checkpoint / COMPLETE_FILE).read_text())
     (checkpoint / "optimizer.pt").unlink()
     assert what_is_missing(checkpoint) == f"optimizer.pt has no bytes, expected {expected_size(checkpoint)}"
     (checkpoint / COMPLETE_FILE).unlink()
@@ -138,9 +149,11 @@ def test_adapters_resume_as_well(tmp_path):
     adapted(tmp_path / "parts", 2).train()
     resumed = adapted(tmp_path / "parts", 4)
     resumed.train(resume_from_checkpoint=resumed.resumable_checkpoint())
-    files = [load_file(tmp_path / name / "checkpoint-4" / "adapter_model.safetensors") for name in ("whole", "parts")]
-    assert any("reward_ema" in name for name in files[0])
-    assert all(torch.equal(files[1][name], value) for name, value in files[0].items())
+    for file in ("adapter_model.safetensors", BASELINE_FILE):
+        states = [load_file(tmp_path / name / "checkpoint-4" / file) for name in ("whole", "parts")]
+        assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    # One step of these holds no segment.
+    assert states[0]["reward_updates"] == 3
 
 
 def test_a_run_goes_on_after_a_finished_epoch(tmp_path):
@@ -164,9 +177,45 @@ def test_an_average_beside_weights_in_bfloat16_is_resumed_to_the_last_bit(tmp_pa
     trainer(tmp_path / "whole", 3).train()
     trainer(tmp_path / "parts", 1).train()
     trainer(tmp_path / "parts", 3).train(resume_from_checkpoint=True)
-    whole, parts = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("whole", "parts"))
-    assert whole["layer_policy.reward_ema"].dtype == torch.float32
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    for file in ("model.safetensors", BASELINE_FILE):
+        whole, parts = (load_file(tmp_path / name / "checkpoint-3" / file) for name in ("whole", "parts"))
+        assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert whole["reward_ema"].dtype == torch.float32 and whole["reward_updates"] == 2
+
+
+def as_of_release_0_1_0(checkpoint: Path) -> None:
+    """Move a checkpoint's baseline and its settings to where that release kept them."""
+    baseline = load_file(checkpoint / BASELINE_FILE)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights |= {f"layer_policy.{name}": value for name, value in baseline.items()}
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    (checkpoint / BASELINE_FILE).unlink()
+    record = json.loads((checkpoint / RUN_FILE).read_text())
+    settings = {name: record.pop(name) for name in BASELINE_SETTINGS}
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | settings))
+    mark_complete(checkpoint, record)
+
+
+def test_a_checkpoint_of_the_first_release_resumes_its_average(tmp_path):
+    whole = build(tmp_path / "whole", "ema")
+    whole.train()
+    parts, step = tmp_path / "parts", 4
+    run_until_killed(parts, "ema", last_save=step + 2)
+    as_of_release_0_1_0(parts / f"checkpoint-{step}")
+    resumed = build(parts, "ema")
+    last = resumed.resumable_checkpoint()
+    assert last == str(parts / f"checkpoint-{step}")
+    resumed.train(resume_from_checkpoint=last)
+    assert_ends_alike(whole, resumed, parts)
+
+
+def test_a_baseline_of_another_kind_is_refused(tmp_path):
+    build(tmp_path, "ema", max_steps=2).train()
+    with pytest.raises(ValueError, match="policy_baseline was 'ema' and is 'critic'"):
+        build(tmp_path, "critic", max_steps=2).resumable_checkpoint()
+    with pytest.raises(ValueError, match=r"the reward baseline in .* must hold \{'critic.0.bias': \[128\], .*, got"):
+        build(tmp_path, "critic").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_at_the_end_is_loaded_and_not_trained_further(tmp_path):

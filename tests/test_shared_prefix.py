@@ -247,7 +247,7 @@ def test_compiled_parts_give_the_same_and_save_under_the_same_names():
 
 def test_quantisation_leaves_the_mask_path_alone():
     config = BitsAndBytesConfig(load_in_4bit=True)
-    assert {"mask_decoder", "segment_projection", "lm_head"} <= {*keep_mask_path(config).llm_int8_skip_modules}
+    assert {"mask_decoder", "segment_projection", "lmm.lm_head"} <= {*keep_mask_path(config).llm_int8_skip_modules}
     assert config.llm_int8_skip_modules is None
     mine = keep_mask_path({"load_in_8bit": True, "llm_int8_skip_modules": ["vision_tower"]})
     assert {"vision_tower", "layer_policy", "mask_decoder"} <= {*mine["llm_int8_skip_modules"]}

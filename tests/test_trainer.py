@@ -8,9 +8,10 @@ from tiny_processor import tiny_processor
 from tiny_training import dataset, example, losses_of, tiny_trainer, training_config
 from transformers import TrainerCallback
 
+from uground.modeling_uground.layer_policy import draw_layers
 from uground.training.answer_evaluation import WrittenCounts
 from uground.training.losses import LossWeights
-from uground.training.policy_draws import PolicyDraws, draw_layers, policy_loss, segment_uniforms
+from uground.training.policy_draws import policy_loss, segment_uniforms
 from uground.training.training_config import freeze
 
 
@@ -23,10 +24,16 @@ def spread_policy(seed: int = 0, **settings):
 
 
 def test_a_step_changes_every_trained_and_no_frozen_parameter(tmp_path):
-    model = spread_policy(policy_baseline="critic")
+    model = spread_policy()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer = tiny_trainer(tmp_path, model=model, max_steps=1, policy_samples=3, iou_weight=0.5, learning_rate=1e-2)
+    settings = {"max_steps": 1, "policy_samples": 3, "iou_weight": 0.5, "learning_rate": 1e-2}
+    trainer = tiny_trainer(tmp_path, model=model, policy_baseline="critic", **settings)
+    untrained = trainer.baseline_training.baseline.critic.state_dict()
+    untrained = {name: value.clone() for name, value in untrained.items()}
     trainer.train()
+    critic = trainer.baseline_training.baseline.critic
+    assert not any(torch.equal(untrained[name], value) for name, value in critic.state_dict().items())
+    assert all(parameter.grad is None for parameter in critic.parameters())
     unchanged = {name for name, parameter in model.named_parameters() if torch.equal(before[name], parameter)}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert unchanged == frozen
@@ -145,25 +152,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(tmp_path):
 
 
 class CountSteps(TrainerCallback):
-    def __init__(self, policy):
-        self.policy, self.updates = policy, []
+    trainer, updates = None, ()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.updates.append(int(self.policy.reward_updates))
+        self.updates += (int(self.trainer.baseline_training.baseline.reward_updates),)
 
 
 def test_the_moving_average_moves_once_per_step_and_not_without_segments(tmp_path):
     model = spread_policy()
-    count = CountSteps(model.layer_policy)
+    count = CountSteps()
     items = [example(number, number % 2) for number in range(4)] + [example(number, 3) for number in range(4, 8)]
     settings = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "max_steps": 2}
     trainer = tiny_trainer(
         tmp_path, items, model, gradient_accumulation_steps=2, trainer={"callbacks": [count]}, **settings
     )
+    count.trainer = trainer
     trainer.train()
-    assert count.updates == [1, 1]
+    assert count.updates == (1, 1)
     rewards = [entry["policy/reward"] for entry in trainer.state.log_history if "policy/reward" in entry]
-    assert float(model.layer_policy.baseline()) == pytest.approx(rewards[0], rel=1e-5)
+    average = trainer.baseline_training.baseline.moving_average()
+    assert float(average) == pytest.approx(rewards[0], rel=1e-5)
 
 
 def test_read_and_lisa_leave_the_policy_alone(tmp_path):
@@ -173,6 +181,43 @@ def test_read_and_lisa_leave_the_policy_alone(tmp_path):
     trainer.train()
     assert torch.equal(model.layer_policy.gates, gates)
     assert not any(name.startswith("policy/reward") for name in trainer.state.log_history[0])
+
+
+READ = {"layer_policy": False, "layer_selection": "last", "prompts": ("embedding", "points"), "num_points": 4}
+LISA = {"layer_policy": False, "layer_selection": "last", "prompts": ("embedding",), "image_frame": "centre_crop"}
+NO_HEAD = {"sam_config": None}
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings"),
+    [
+        (READ, {"train_layer_selection": "last", "map_bce_weight": 0.0, "map_dice_weight": 0.0}),
+        (LISA, {"train_layer_selection": "last", "loss_size": None}),
+        (NO_HEAD, {"policy_samples": 2}),
+        (NO_HEAD | {"layer_policy": False, "layer_selection": 2}, {"train_layer_selection": "last"}),
+    ],
+    ids=["read", "lisa", "no head", "no head, no policy"],
+)
+def test_models_without_some_parts_train_what_they_have(tmp_path, parts, settings):
+    model = tiny_model(**parts).train()
+    items = [example(number) for number in range(4)]
+    more = {"eval_dataset": dataset(items)}
+    trainer = tiny_trainer(tmp_path, items, model, trainer=more, max_steps=2, **settings)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(before[name], parameter) == (not parameter.requires_grad), name
+    logged, evaluated = trainer.state.log_history[0], trainer.evaluate()
+    assert ("policy/reward" in logged) == (model.layer_policy is not None)
+    assert (logged["loss/mask_dice"] > 0) == (model.mask_decoder is not None)
+    assert logged["loss/map_dice"] > 0 and np.isfinite(evaluated["eval_loss"])
+
+
+def test_parts_that_a_setting_needs_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match="'sample' needs a layer policy, which this model has not; expected 'last'"):
+        tiny_trainer(tmp_path, model=tiny_model(**READ))
+    with pytest.raises(ValueError, match="cache_sam_embeddings needs a mask head, which this model has not"):
+        tiny_trainer(tmp_path, model=tiny_model(**NO_HEAD), cache_sam_embeddings=str(tmp_path / "cache"))
 
 
 def test_freeze_leaves_out_what_gets_no_gradient():
@@ -190,6 +235,9 @@ def test_settings_out_of_range_are_refused(tmp_path):
     for settings, message in (
         ({"train_layer_selection": "best"}, "train_layer_selection must be one of"),
         ({"policy_samples": 0}, "policy_samples must be at least 1"),
+        ({"policy_baseline": "mean"}, r"policy_baseline must be one of \('ema', 'critic'\), got 'mean'"),
+        ({"policy_ema_decay": 1.0}, r"policy_ema_decay must lie in \[0, 1\), got 1.0"),
+        ({"critic_hidden_size": 0}, "critic_hidden_size must be at least 1, got 0"),
         ({"max_length": 0}, "max_length must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -223,7 +271,7 @@ def bandit(samples: int, entropy_weight: float, steps: int = 150) -> torch.Tenso
         noise = torch.randn(layers.shape) * 0.3
         rewards = payoff[layers] + noise
         log_probs = expanded.log_softmax(-1)[torch.arange(16), layers]
-        loss = policy_loss(PolicyDraws(layers, log_probs), rewards, average).reinforce / 16
+        loss = policy_loss(log_probs, rewards, average).reinforce / 16
         entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
         optimizer.zero_grad()
         (loss - entropy_weight * entropy).backward()
@@ -243,13 +291,13 @@ def test_several_draws_are_judged_by_one_another_and_the_critic_by_its_error():
     log_probs = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]], requires_grad=True)
     rewards = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
     values = torch.tensor([2.0, 1.0], requires_grad=True)
-    loss = policy_loss(PolicyDraws(None, log_probs, None, values), rewards, torch.tensor(7.0))
+    loss = policy_loss(log_probs, rewards, torch.tensor(7.0), values)
     assert loss.baseline.tolist() == [[3.0, 2.0], [1.0, 4.0]]
     # −(−2·−1 + 2·−2 + 2·−1.5 + −2·−0.5) / 2
     assert float(loss.reinforce) == pytest.approx(2.0)
     assert float(loss.critic) == pytest.approx((2 - 2) ** 2 + (1 - 3) ** 2)
     loss.reinforce.backward()
     assert log_probs.grad.tolist() == [[1.0, -1.0], [-1.0, 1.0]]
-    alone = policy_loss(PolicyDraws(None, log_probs[:1], None, None), rewards[:1], torch.tensor(2.0))
+    alone = policy_loss(log_probs[:1], rewards[:1], torch.tensor(2.0))
     # −((1 − 2)·−1 + (4 − 2)·−2)
     assert float(alone.reinforce) == pytest.approx(3.0) and alone.baseline.tolist() == [[2.0, 2.0]]

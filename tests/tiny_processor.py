@@ -6,7 +6,7 @@ from tiny import END_TOKEN
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
-from uground.processing import UGroundProcessor, letterbox_image_processor
+from uground.processing import UGroundProcessor, letterbox_image_processor, make_image_processor
 
 # Ids 0 to 36; `[REJ]`, `[SEG]` and `<image>` follow.
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "the", "red", "blue", "cup", "tree", "boat", "is", "are", "it", "and"]
@@ -42,11 +42,11 @@ def tiny_tokenizer(tokens=("[REJ]", "[SEG]"), max_length: int = 200) -> PreTrain
     return fast
 
 
-def tiny_processor(tokenizer=None, chat_template=TEMPLATE) -> UGroundProcessor:
+def tiny_processor(tokenizer=None, chat_template=TEMPLATE, frame="letterbox") -> UGroundProcessor:
     """32-pixel LMM images with patches of 8, 64-pixel SAM frames, as `tiny.tiny_config` wants them."""
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
     return UGroundProcessor(
-        letterbox_image_processor(32),
+        make_image_processor(frame, 32),
         letterbox_image_processor(64),
         tokenizer,
         patch_size=8,

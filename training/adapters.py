@@ -1,38 +1,23 @@
 """LoRA and QLoRA through peft: what is adapted, what is trained in full beside it, and what is never quantised."""
 
+import re
 from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import BitsAndBytesConfig
 
+from uground.modeling_uground.pretrained_uground import MASK_PATH, NEVER_QUANTIZED
+
 # Of the language model only, as in the official scripts.
 OFFICIAL_TARGETS = ("q_proj", "v_proj")
-# Trained in full beside the adapter, where the model has them.
-TRAINED_IN_FULL = (
-    "mask_decoder.sam.mask_decoder",
-    "mask_decoder.sam.prompt_encoder",
-    "segment_projection",
-    "layer_policy",
-    "similarity_scaling",
-)
 # Tokens that were added to the language model's vocabulary; only their rows are trained.
 NEW_TOKENS = ("<im_start>", "<im_end>")
-# Small, or trained in full, or both: 4 bits would save little and cost the masks. Names from the root of the model on.
-NEVER_QUANTIZED = (
-    "mask_decoder",
-    "segment_projection",
-    "layer_policy",
-    "similarity_scaling",
-    "lmm.model.vision_tower",
-    "lmm.model.multi_modal_projector",
-    "lmm.lm_head",
-)
 QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
 def lora_config(
-    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS
+    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS, frozen=()
 ) -> LoraConfig:
     """
     What peft is to adapt in a UGround model.
@@ -43,13 +28,19 @@ def lora_config(
         rank: of the adapter: 8 for 7B and 64 for 13B in the official scripts.
         alpha, dropout: of the adapter.
         targets: linear layers of the language model by the ends of their names.
+        frozen: parts of names of modules that are not trained beside the adapter, of those of [`trained_in_full`].
 
     Raises:
-        ValueError: no layer of the language model bears such a name.
+        ValueError: no layer of the language model bears such a name, or no such module is trained.
     """
-    ends = tuple(targets)
-    if not any(_is_target(name, ends) for name, _ in model.named_modules()):
+    ends, names = tuple(targets), model.adapter.names
+    adapted = rf"lmm\.{re.escape(names.language_model)}\..*\.({'|'.join(map(re.escape, ends))})"
+    if not any(re.fullmatch(adapted, name) for name, _ in model.named_modules()):
         raise ValueError(f"no layer of the language model is called {' or '.join(ends)}: nothing to adapt")
+    whole = trained_in_full(model)
+    for part in frozen:
+        if not any(part in name for name in whole):
+            raise ValueError(f"lora_frozen must name modules of {', '.join(whole)}, got {part!r}")
     ids = {processor.segment_token_id, processor.reject_token_id}
     ids |= {
         processor.tokenizer.convert_tokens_to_ids(token)
@@ -57,23 +48,24 @@ def lora_config(
         if token in processor.tokenizer.get_vocab()
     }
     rows = sorted(token for token in ids if token is not None)
-    modules = dict(model.named_modules())
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf".*language_model.*\.({'|'.join(ends)})",
-        modules_to_save=[name for name in TRAINED_IN_FULL if _has_weights(modules.get(name))],
-        trainable_token_indices={"embed_tokens": rows, "lm_head": list(rows)},
+        target_modules=adapted,
+        modules_to_save=[name for name in whole if not any(part in name for part in frozen)],
+        trainable_token_indices={names.embeddings: rows, names.head: list(rows)},
     )
 
 
-def _is_target(name: str, ends: tuple[str, ...]) -> bool:
-    return "language_model" in name and name.rpartition(".")[2] in ends
-
-
-def _has_weights(module) -> bool:
-    return module is not None and any(True for _ in module.parameters())
+def trained_in_full(model) -> list[str]:
+    """Names of the modules that are trained whole beside an adapter: what turns layer states into masks."""
+    names = []
+    for part in MASK_PATH:
+        below = getattr(getattr(model, part), "trained_in_full", None)
+        names += [part] if below is None else [f"{part}.{name}" for name in below]
+    modules = dict(model.named_modules())
+    return [name for name in names if name in modules and any(True for _ in modules[name].parameters())]
 
 
 def with_adapter(model, config: LoraConfig) -> PeftModel:

@@ -18,6 +18,8 @@ COMPLETE_FILE = "complete.json"
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# Of the reward's baseline; in release 0.1.0 they stood in the model's configuration, and no record has them.
+BASELINE_SETTINGS = ("policy_baseline", "policy_ema_decay", "critic_hidden_size")
 # Of the training arguments, what changes the weights a run ends with. The batch is recorded as a whole: how it is laid
 # out in processes and micro-batches does not matter.
 SETTINGS_THAT_MATTER = (
@@ -43,6 +45,7 @@ SETTINGS_THAT_MATTER = (
     "pos_weight_cap",
     "train_layer_selection",
     "policy_samples",
+    *BASELINE_SETTINGS,
     "text_weight",
     "mask_bce_weight",
     "mask_dice_weight",
@@ -93,7 +96,7 @@ def check_same_run(checkpoint: Path, record: dict) -> None:
     changes = [
         f"{name} was {before.get(name)!r} and is {record.get(name)!r}"
         for name in sorted({*before, *record})
-        if before.get(name) != record.get(name)
+        if before.get(name) != record.get(name) and (name in before or name not in BASELINE_SETTINGS)
     ]
     if changes:
         raise ValueError(

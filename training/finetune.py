@@ -36,6 +36,7 @@ MODEL_SETTINGS = (
     "lora_alpha",
     "lora_dropout",
     "lora_targets",
+    "lora_frozen",
     "adapter",
 )
 
@@ -56,6 +57,10 @@ class FinetuneArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout of the adapter"})
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "layers of the language model to adapt"}
+    )
+    lora_frozen: list[str] = field(
+        default_factory=list,
+        metadata={"help": "modules beside the adapter that stay as they are, such as prompt_encoder"},
     )
     adapter: str | None = field(default=None, metadata={"help": "a saved adapter of this model to train further"})
     train_data: list[str] = field(
@@ -168,6 +173,7 @@ def load_model(arguments: FinetuneArguments):
             arguments.lora_alpha,
             arguments.lora_dropout,
             arguments.lora_targets,
+            arguments.lora_frozen,
         )
         model = with_adapter(model, config)
     return model, processor

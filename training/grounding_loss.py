@@ -6,10 +6,15 @@ Formulas lie in `training.losses`; this file brings outputs and targets to the s
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from uground.modeling_uground import UGroundOutput
-from uground.modeling_uground.prompts import map_to_image
+from uground.modeling_uground import UGroundConfig, UGroundOutput
+from uground.modeling_uground.image_frames import (
+    ImageFrame,
+    apply_matrices,
+    grid_to_grid,
+    grid_to_image,
+    resize_rows,
+)
 from uground.training.losses import (
     LossWeights,
     entropy_bonus,
@@ -46,7 +51,8 @@ class GroundingTerms:
     Terms of one micro-batch with N segments.
 
     Attributes:
-        terms: scalars by the names of [`GROUNDING_TERMS`], sums over segments divided by `num_masks`.
+        terms: scalars by the names of [`GROUNDING_TERMS`], sums over segments divided by `num_masks`; 0 for those
+            whose part the model has not.
         rewards (`(N,)`): of the chosen layers, detached.
         other_rewards (`(k - 1, N)`): of the layers of further draws, detached.
     """
@@ -72,7 +78,7 @@ def grounding_terms(
         groups: `target_groups` of the collator.
         num_masks: what sums over segments are divided by: the number of masks of the whole step.
         map_target: how masks are softened.
-        geometry: sizes that tie token grid, frames and images together.
+        geometry: what ties token grid, frames and images together.
         other_maps (`(k - 1, N, h, w)`): similarity maps of further draws, which are rewarded too.
     """
     count = sum(len(group["segments"]) for group in groups)
@@ -81,19 +87,21 @@ def grounding_terms(
     rewards = outputs.similarity_map.new_zeros(draws, count)
     for group in groups:
         segments, masks, valid = group["segments"], group["masks"], group["valid"]
-        logits = geometry.align_logits(outputs.mask_logits[segments], group)
         soft = gaussian_target(masks, map_target.kernel_size, map_target.sigma)
         weight = positive_weight(soft, group["images"], map_target.pos_weight_cap, valid)
         maps = geometry.align_maps(outputs.similarity_map[segments], group)
         per_mask = {
-            "mask_bce": mask_bce_loss(logits, masks, None, valid),
-            "mask_dice": mask_dice_loss(logits, masks, None, valid),
-            "iou": _iou_error(outputs.iou_scores[segments], logits, masks, valid),
             "map_bce": map_bce_loss(maps, soft, weight, None, valid),
             "map_dice": map_dice_loss(maps, soft, weight, None, valid),
-            "entropy": entropy_bonus(outputs.layer_logits[segments], None),
         }
-        terms = {name: total + per_mask[name].sum() / num_masks for name, total in terms.items()}
+        if outputs.mask_logits is not None:
+            logits = geometry.align_logits(outputs.mask_logits[segments], group)
+            per_mask["mask_bce"] = mask_bce_loss(logits, masks, None, valid)
+            per_mask["mask_dice"] = mask_dice_loss(logits, masks, None, valid)
+            per_mask["iou"] = _iou_error(outputs.iou_scores[segments], logits, masks, valid)
+        if outputs.layer_logits is not None:
+            per_mask["entropy"] = entropy_bonus(outputs.layer_logits[segments], None)
+        terms |= {name: terms[name] + values.sum() / num_masks for name, values in per_mask.items()}
         rewards[0, segments] = policy_reward(per_mask["map_bce"], per_mask["map_dice"])
         for draw in range(1, draws):
             maps = geometry.align_maps(other_maps[draw - 1, segments], group)
@@ -116,7 +124,7 @@ def connected_zero(outputs: UGroundOutput, weights: LossWeights) -> torch.Tensor
         parts.append(outputs.iou_scores)
     if weights.policy or weights.entropy:
         parts.append(outputs.layer_logits)
-    return sum(0.0 * part.sum() for part in parts)
+    return sum(0.0 * part.sum() for part in parts if part is not None)
 
 
 def _iou_error(iou_scores, logits, masks, valid) -> torch.Tensor:
@@ -130,40 +138,45 @@ def _iou_error(iou_scores, logits, masks, valid) -> torch.Tensor:
 @dataclass(frozen=True)
 class Geometry:
     """
-    Sizes that tie the token grid, the two frames and the images together.
+    What ties the token grid, the two frames and the images together.
 
     Attributes:
-        lmm_size, frame_size: sides of the LMM image and of the SAM frame, in pixels.
-        valid_sizes, sam_valid_sizes: `(I, 2)`, rows and columns of them that are image.
+        lmm_frame: what the LMM sees of an image, in pixels; similarity maps cover it.
+        head_frame: the same of the mask head, whose logits cover it; `None` for a model without one.
+        image_sizes: height and width of each image.
     """
 
-    lmm_size: int
-    frame_size: int
-    valid_sizes: torch.Tensor
-    sam_valid_sizes: torch.Tensor
+    lmm_frame: ImageFrame
+    head_frame: ImageFrame | None
+    image_sizes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, config: UGroundConfig, original_sizes: torch.Tensor) -> "Geometry":
+        """For a model of this configuration, and images of these sizes `(I, 2)`."""
+        return cls(config.adapter.frame, config.head_frame, tuple(map(tuple, original_sizes.tolist())))
 
     def align_logits(self, logits: torch.Tensor, group: dict) -> torch.Tensor:
         """Mask logits `(n, S/4, S/4)` of a group's segments in the pixels of its targets, `(n, H, W)`."""
-        size = tuple(group["masks"].shape[1:])
-        if group["in_frame"]:
-            return _resize(logits, size)
-        logits, aligned = _resize(logits, (self.frame_size, self.frame_size)), []
-        for index, image in enumerate(group["images"].tolist()):
-            rows, columns = self.sam_valid_sizes[image].tolist()
-            aligned.append(_resize(logits[index : index + 1, :rows, :columns], size))
-        return torch.cat(aligned)
+        return self._align(logits, group, self.head_frame)
 
     def align_maps(self, maps: torch.Tensor, group: dict) -> torch.Tensor:
         """Similarity maps `(n, h, w)` of a group's segments in the pixels of its targets, `(n, H, W)`."""
-        size = tuple(group["masks"].shape[1:])
-        if group["in_frame"]:
-            return _resize(maps, size)
-        aligned = []
-        for index, image in enumerate(group["images"].tolist()):
-            valid_hw = tuple(self.valid_sizes[image].tolist())
-            aligned.append(map_to_image(maps[index : index + 1], valid_hw, self.lmm_size, size))
-        return torch.cat(aligned)
+        return self._align(maps, group, self.lmm_frame)
 
-
-def _resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(values[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    def _align(self, values: torch.Tensor, group: dict, frame: ImageFrame) -> torch.Tensor:
+        """From a grid over a frame to image pixels, or to the letterbox that all targets of the group lie in."""
+        target_hw, grid_hw = tuple(group["masks"].shape[1:]), tuple(values.shape[1:])
+        if not group["in_frame"]:
+            # The images of a group are of one size.
+            matrices = grid_to_image(grid_hw, frame, target_hw)
+        elif frame.kind == "letterbox":
+            # One letterbox lies over another as a whole, padding on padding.
+            matrices = [
+                resize_rows(torch.eye(cells), length) for cells, length in zip(grid_hw, target_hw, strict=True)
+            ]
+        else:
+            target = ImageFrame("letterbox", target_hw[0])
+            sizes = [self.image_sizes[image] for image in group["images"].tolist()]
+            pairs = [grid_to_grid(grid_hw, frame, image_hw, target) for image_hw in sizes]
+            matrices = [torch.stack(axis) for axis in zip(*pairs, strict=True)]
+        return apply_matrices(values, *(matrix.to(values.device) for matrix in matrices))

@@ -52,16 +52,3 @@ def left_as_found(model: torch.nn.Module, preparation: dict | None = None) -> It
 def marks_of(module: torch.nn.Module, names: tuple[str, ...]) -> dict:
     """Those of the named attributes that are set on this very module, not on its class."""
     return {name: value for name, value in vars(module).items() if name in names}
-
-
-@contextmanager
-def float32_buffers(modules: list[torch.nn.Module], name: str) -> Iterator[None]:
-    """Hold a buffer of some modules in float32 meanwhile; afterwards in the dtype it had."""
-    dtypes = [getattr(module, name).dtype for module in modules]
-    for module in modules:
-        setattr(module, name, getattr(module, name).float())
-    try:
-        yield
-    finally:
-        for module, dtype in zip(modules, dtypes, strict=True):
-            setattr(module, name, getattr(module, name).to(dtype))

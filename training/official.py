@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from uground.modeling_uground import UGroundOutput
-from uground.modeling_uground.layer_policy import LayerPolicy
 from uground.training.grounding_loss import Geometry, MapTarget, grounding_terms
 from uground.training.losses import LossWeights, batch_policy_loss, critic_loss
+from uground.training.reward_baseline import RewardBaseline
 
 WEIGHTS = LossWeights.official()
 MAP_TARGET = MapTarget(kernel_size=31, sigma=7.0, pos_weight_cap=None)
@@ -75,7 +75,7 @@ def official_losses(
     outputs: UGroundOutput,
     target_groups: list[dict],
     geometry: Geometry,
-    policy: LayerPolicy | None,
+    baseline: RewardBaseline | None,
     critic_beta: float = CRITIC_BETA,
 ) -> OfficialLosses:
     """
@@ -84,9 +84,9 @@ def official_losses(
     Args:
         outputs: of the model, called with labels.
         target_groups: of [`GroundingCollator`] with `loss_size=None`. The official code wants no empty target.
-        geometry: sizes that tie token grid, frames and images together.
-        policy: the model's `layer_policy`, whose moving average takes this batch's reward in; `None` for a batch at
-            the last layer, which has no policy term.
+        geometry: what ties token grid, frames and images together.
+        baseline: what the reward is held against; its moving average takes this batch's reward in. `None` for a batch
+            at the last layer, which has no policy term.
         critic_beta: weight of the critic's own loss, `baseline_beta` of an official `config.json`.
 
     Returns:
@@ -98,8 +98,8 @@ def official_losses(
     bce = WEIGHTS.mask_bce * terms["mask_bce"] + WEIGHTS.map_bce * terms["map_bce"]
     dice = WEIGHTS.mask_dice * terms["mask_dice"] + WEIGHTS.map_dice * terms["map_dice"]
     policy_loss = torch.zeros_like(bce)
-    if policy is not None and num_segments:
-        policy_loss = _policy_loss(policy, outputs, grounding.rewards, critic_beta)
+    if baseline is not None and num_segments:
+        policy_loss = _policy_loss(baseline, outputs, grounding.rewards, critic_beta)
     return OfficialLosses(
         loss=outputs.loss + bce + dice + WEIGHTS.policy * policy_loss,
         ce_loss=outputs.loss,
@@ -112,14 +112,14 @@ def official_losses(
 
 
 def _policy_loss(
-    policy: LayerPolicy, outputs: UGroundOutput, rewards: torch.Tensor, critic_beta: float
+    baseline: RewardBaseline, outputs: UGroundOutput, rewards: torch.Tensor, critic_beta: float
 ) -> torch.Tensor:
     """REINFORCE with the batch's reward, against the critic's guess or the moving average that already holds it."""
-    if policy.critic is None:
-        batch = batch_policy_loss(outputs.log_probs, rewards, policy.reward_ema.float(), policy.ema_decay)
-        policy.reward_ema.copy_(batch.baseline)
-        policy.reward_updates.add_(1)
+    if baseline.critic is None:
+        batch = batch_policy_loss(outputs.log_probs, rewards, baseline.reward_ema, baseline.ema_decay)
+        baseline.reward_ema.copy_(batch.baseline)
+        baseline.reward_updates.add_(1)
         return batch.loss
-    guess = policy.predict_reward(outputs.layer_logits)
+    guess = baseline.batch_value(outputs.layer_logits)
     batch = batch_policy_loss(outputs.log_probs, rewards, guess, decay=None)
     return batch.loss + critic_loss(guess[None], batch.reward[None], critic_beta, num_segments=1)

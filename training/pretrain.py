@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from transformers import CLIPVisionModel, SamModel, get_cosine_schedule_with_warmup
+from transformers import CLIPVisionModel, LlavaConfig, SamModel, get_cosine_schedule_with_warmup
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from uground.command_line import run_command, seed_number
 from uground.modeling_uground.hub_files import give_usual_mode
-from uground.modeling_uground.lmm_access import token_validity, vision_key_mask
+from uground.modeling_uground.lmm_llava import LlavaAdapter, vision_key_mask
 from uground.training.collator import letterbox_mask
 from uground.training.scene_drawing import COLOURS, KINDS, SIZES, TEXTURES, Scene
 from uground.training.scenes import scene
@@ -187,14 +187,14 @@ class VisionStage(nn.Module):
     def __init__(self):
         super().__init__()
         config = vision_config()
+        self.adapter = LlavaAdapter(LlavaConfig(vision_config=config), "letterbox")
         self.model = CLIPVisionModel(config)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_size, len(values) + 1) for name, values in PROPERTIES.items()}
         )
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        grid = LMM_SIZE // LMM_PATCH
-        mask = vision_key_mask(token_validity(batch["valid_sizes"], (grid, grid), LMM_PATCH), torch.float32)
+        mask = vision_key_mask(self.adapter.token_validity(batch["valid_sizes"]), torch.float32)
         states = self.model(batch["pixel_values"], attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         loss, figures = 0.0, {}
         for name, head in self.heads.items():

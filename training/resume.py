@@ -17,7 +17,8 @@ logger = logging.get_logger(__name__)
 
 class ResumeMixin:
     """
-    For a `transformers.Trainer` of a UGround model that has `bare_model`, and `run_record`: what its run was told.
+    For a `transformers.Trainer` of a UGround model that has `bare_model`, `run_record`: what its run was told, and
+    `baseline_training`, a `BaselineTraining` or `None`.
 
     Only whole checkpoints of the same run count, and one at the end of a run is never trained further.
     """
@@ -58,6 +59,7 @@ class ResumeMixin:
     def _load_end(self, checkpoint: str) -> TrainOutput:
         """Weights and state of a run that has made all its steps."""
         self._load_from_checkpoint(checkpoint)
+        self._load_baseline(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -99,9 +101,14 @@ class ResumeMixin:
         return not (is_peft_model(self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_whole_model(self, folder) -> None:
-        # In the dtype of the file: the moving average is held in float32 beside weights in bfloat16.
+        # Nothing that a file holds is rounded on its way to the dtype that the parameter has here.
         loaded = type(self.bare_model).from_pretrained(folder, dtype=torch.float32)
         self.bare_model.load_state_dict(loaded.state_dict())
+
+    def _load_baseline(self, folder) -> None:
+        """The reward's baseline of a checkpoint; one of a run that drew no layers has none."""
+        if self.baseline_training is not None:
+            self.baseline_training.load(folder)
 
     @property
     def is_sharded(self) -> bool:

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,40 +85,20 @@ class SamEmbeddingCache:
         os.replace(draft, path)
         self._used += size
 
+    def look_up(self, keys: list[str], device: torch.device) -> list[torch.Tensor | None]:
+        """The embeddings of a batch of images, `None` for each that is not here."""
+        found = map(self.get, keys)
+        return [None if embedding is None else embedding.to(device) for embedding in found]
 
-@contextmanager
-def cached_encoding(
-    mask_decoder, cache: SamEmbeddingCache | None, keys: list[str], all_found: Callable[[bool], bool]
-) -> Iterator[None]:
-    """
-    Let the forward passes made inside read SAM's image embeddings from a cache, and fill it.
+    def keep(self, keys: list[str], found: list[torch.Tensor | None], embeddings: torch.Tensor) -> None:
+        """
+        Keep what was made because it was not here.
 
-    Args:
-        mask_decoder: the model's.
-        cache: `None` to encode as ever.
-        keys: `frame_keys` of the batch, one per image.
-        all_found: whether all processes found what they look for, given whether this one did. Where parameters are
-            sharded, the encoder runs on all processes or on none.
-    """
-    if cache is None:
-        yield
-        return
-    encode = mask_decoder.encode
-
-    def encode_missing(frames: torch.Tensor) -> torch.Tensor:
-        found = [cache.get(key) for key in keys]
-        if all_found(all(embedding is not None for embedding in found)):
-            return torch.stack([embedding.to(frames.device) for embedding in found])
-        missing = [image for image, embedding in enumerate(found) if embedding is None] or [0]
-        for image, embedding in zip(missing, encode(frames[missing]), strict=True):
-            if found[image] is None:
-                found[image] = embedding
-                cache.put(keys[image], embedding)
-                cache.encoded += 1
-        return torch.stack([embedding.to(frames.device) for embedding in found])
-
-    mask_decoder.encode = encode_missing
-    try:
-        yield
-    finally:
-        del mask_decoder.encode
+        Args:
+            keys, found: of [`look_up`].
+            embeddings (`(I, C, S/16, S/16)`): of all the images.
+        """
+        missing = {key: embeddings[image] for image, key in enumerate(keys) if found[image] is None}
+        for key, embedding in missing.items():
+            self.put(key, embedding)
+        self.encoded += len(missing)

@@ -10,19 +10,20 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from uground.hub.trainer_push import HubPushMixin
+from uground.modeling_uground import UGroundOutput
 from uground.modeling_uground.hub_files import give_usual_mode
-from uground.modeling_uground.layer_policy import LayerPolicy
 from uground.training.adapters import trainable_in_float32
 from uground.training.answer_evaluation import AnswerEvaluation
 from uground.training.checkpoints import COMPLETE_FILE, mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
-from uground.training.model_state import CPU_PACKING, float32_buffers, left_as_found, marks_of
-from uground.training.policy_draws import PolicyDraws, PolicyLoss, drawn_layers, policy_loss, segment_uniforms
+from uground.training.model_state import CPU_PACKING, left_as_found, marks_of
+from uground.training.policy_draws import PolicyLoss, policy_loss, segment_uniforms
 from uground.training.repeated_items import count_only, own_images
 from uground.training.resume import ResumeMixin
+from uground.training.reward_baseline import BaselineTraining, RewardBaseline
 from uground.training.running_means import RunningMeans
-from uground.training.sam_cache import SamEmbeddingCache, cached_encoding
+from uground.training.sam_cache import SamEmbeddingCache
 from uground.training.training_config import UGroundTrainingConfig, freeze, freeze_unused
 from uground.training.training_pictures import draw_histogram, send_pictures
 
@@ -44,11 +45,12 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     (text: tokens) of the data, each item once and none left out. Layers are those of the config's rule; where that one
     draws, the likeliest.
 
-    A checkpoint of this trainer ends with a list of its files, without which it does not count; see
-    [`resumable_checkpoint`].
+    What rewards are held against, a moving average or a critic, is the trainer's own (`baseline_training`) and lies in
+    its checkpoints beside the weights. A checkpoint ends with a list of its files, without which it does not count;
+    see [`resumable_checkpoint`].
 
     The model is left as it came, but for its weights, its device and `requires_grad`, which says what was trained: no
-    hook, flag or replaced method outlives [`train`] or [`evaluate`], however they end.
+    hook or flag outlives [`train`] or [`evaluate`], however they end.
 
     Args:
         model: the model, or a peft model of it; adapters also come through `peft_config` as with `SFTTrainer`.
@@ -66,6 +68,13 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
 
     def __init__(self, model, args: UGroundTrainingConfig, processing_class, data_record=None, mixture=None, **kwargs):
         draws_layers = args.train_layer_selection == "sample"
+        own = model.get_base_model() if is_peft_model(model) else model
+        if draws_layers and own.layer_policy is None:
+            raise ValueError(
+                "train_layer_selection 'sample' needs a layer policy, which this model has not; expected 'last'"
+            )
+        if args.cache_sam_embeddings is not None and own.mask_decoder is None:
+            raise ValueError("cache_sam_embeddings needs a mask head, which this model has not; expected None")
         if kwargs.get("peft_config") is None and not is_peft_model(model):
             freeze(model, args.trainable, args.loss_weights(), draws_layers)
         collator = kwargs.pop("data_collator", None) or GroundingCollator(
@@ -118,6 +127,19 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         # Learnt tokens and masks of the step, over all its micro-batches and processes.
         self._step_totals = torch.ones(2)
         self._rewards = torch.zeros(2)
+        self.baseline_training = self._new_baseline()
+
+    def _new_baseline(self) -> BaselineTraining | None:
+        """What rewards are held against, before any; the critic's weights depend on the seed alone."""
+        args = self.args
+        if args.train_layer_selection != "sample":
+            return None
+        kind = (args.policy_baseline, args.policy_ema_decay, args.critic_hidden_size)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(args.seed)
+            baseline = RewardBaseline(self.bare_model.config.num_layers, *kind)
+        baseline.to(self.accelerator.device)
+        return BaselineTraining(baseline, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay)
 
     @property
     def bare_model(self):
@@ -141,17 +163,16 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
         self._begin()
         self._preparation.clear()
-        policies = [module for module in self.bare_model.modules() if isinstance(module, LayerPolicy)]
         with ExitStack() as stack:
             stack.enter_context(left_as_found(self.model, self._preparation))
-            # A moving average in bfloat16 would stand still.
-            stack.enter_context(float32_buffers(policies, "reward_ema"))
             if self.args.gradient_checkpointing:
                 # Gradients must pass through what is checkpointed, also where all that it reads is frozen.
                 self.bare_model.enable_input_require_grads()
                 stack.callback(self.bare_model.disable_input_require_grads)
             if resume_from_checkpoint and self._is_finished(resume_from_checkpoint):
                 return self._load_end(resume_from_checkpoint)
+            if resume_from_checkpoint:
+                self._load_baseline(resume_from_checkpoint)
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -181,7 +202,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
-            self._move_baseline()
+            self._step_baseline()
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -193,48 +214,45 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
             step_tokens, step_masks = self._step_totals.to(keys.device) / self.accelerator.num_processes
         else:
             step_tokens, step_masks = tokens.clamp_min(1), max(1, len(keys))
-        outputs, draws = self._forward(model, inputs, step_tokens)
-        bare = self.bare_model
-        geometry = Geometry(
-            lmm_size=bare.config.lmm_config.vision_config.image_size,
-            frame_size=bare.config.frame_size,
-            valid_sizes=inputs["valid_sizes"],
-            sam_valid_sizes=inputs["sam_valid_sizes"],
-        )
-        other_maps = None if draws is None else draws.other_maps
+        outputs = self._forward(model, inputs, step_tokens)
+        geometry = Geometry.of(self.bare_model.config, inputs["original_sizes"])
+        other_maps = outputs.other_maps
         grounding = grounding_terms(outputs, groups, step_masks, self._map_target, geometry, other_maps)
         rewards = torch.cat([grounding.rewards[None], grounding.other_rewards])
-        terms, policy = {"text": outputs.loss, **grounding.terms}, None
-        if draws is not None:
-            policy = self._policy_loss(draws, rewards)
+        terms, policy, values = {"text": outputs.loss, **grounding.terms}, None, None
+        if outputs.layer_draws is not None:
+            values = self.baseline_training.baseline.segment_values(outputs.layer_logits)
+            policy = self._policy_loss(outputs.draw_log_probs, rewards, values)
             terms["policy"] = (policy.reinforce + self.args.critic_beta * policy.critic) / step_masks
         loss = self._weights.total(terms)
         if self.accelerator.num_processes > 1 or not groups:
             loss = loss + connected_zero(outputs, self._weights)
-            if draws is not None and draws.values is not None and self._weights.policy:
-                loss = loss + 0.0 * draws.values.sum()
         self._check_finite(loss, terms, inputs["example_ids"])
         sums = {name: term * (step_tokens if name == "text" else step_masks) for name, term in terms.items()}
-        self._record("train" if model.training else "eval", sums, tokens, rewards, draws, policy)
+        self._record("train" if model.training else "eval", sums, tokens, rewards, outputs.layer_draws, policy)
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(self, model, inputs, step_tokens) -> tuple[object, PolicyDraws | None]:
-        """The model's outputs and, in training with a policy, the layers drawn."""
+    def _forward(self, model, inputs, step_tokens) -> UGroundOutput:
+        """The model's outputs; in training with a policy, with layers drawn for each segment."""
         model_inputs = {name: value for name, value in inputs.items() if name not in TARGET_KEYS}
-        bare, draws, selection = self.bare_model, None, None
-        with ExitStack() as stack:
-            if model.training and self.args.train_layer_selection == "sample":
-                args, step = self.args, self.state.global_step
-                uniforms = segment_uniforms(inputs["segment_keys"], args.seed, step, args.policy_samples)
-                draws = stack.enter_context(drawn_layers(bare, uniforms))
-            elif model.training:
-                selection = self.args.train_layer_selection
-            else:
-                selection = self._evaluated_layers()
-            cached = cached_encoding(bare.mask_decoder, self._sam_cache, inputs.get("frame_keys", []), self._all_found)
-            stack.enter_context(cached)
-            outputs = model(**model_inputs, num_items_in_batch=step_tokens, layer_selection=selection)
-        return outputs, draws
+        if not model.training:
+            model_inputs["layer_selection"] = self._evaluated_layers()
+        elif self.baseline_training is None:
+            model_inputs["layer_selection"] = self.args.train_layer_selection
+        else:
+            args, step = self.args, self.state.global_step
+            uniforms = segment_uniforms(inputs["segment_keys"], args.seed, step, args.policy_samples)
+            # An array: sharded models in mixed precision round every tensor of numbers with a fraction.
+            model_inputs["layer_uniforms"] = uniforms.cpu().numpy()
+        cache, keys, found = self._sam_cache, inputs.get("frame_keys", []), None
+        if cache is not None:
+            found = cache.look_up(keys, self.accelerator.device)
+            if self._all_found(all(embedding is not None for embedding in found)):
+                model_inputs["sam_embeddings"] = torch.stack(found)
+        outputs = model(**model_inputs, num_items_in_batch=step_tokens)
+        if cache is not None and "sam_embeddings" not in model_inputs:
+            cache.keep(keys, found, outputs.sam_embeddings)
+        return outputs
 
     def _evaluated_layers(self) -> str | int:
         rule = self.bare_model.config.layer_selection
@@ -247,28 +265,30 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         missing = torch.tensor(float(not found), device=self.accelerator.device)
         return self.accelerator.reduce(missing, reduction="sum").item() == 0
 
-    def _policy_loss(self, draws: PolicyDraws, rewards: torch.Tensor) -> PolicyLoss:
+    def _policy_loss(self, log_probs, rewards: torch.Tensor, values: torch.Tensor | None) -> PolicyLoss:
         """REINFORCE with a reward per segment; remembers the rewards for the moving average."""
-        policy, count = self.bare_model.layer_policy, rewards.shape[1]
-        # Without any segment, the lone one the collator added is drawn but not judged.
-        judged = PolicyDraws(
-            draws.layers[:, :count],
-            draws.log_probs[:, :count],
-            draws.other_maps[:, :count],
-            None if draws.values is None else draws.values[:count],
-        )
+        count = rewards.shape[1]
         sums = torch.stack([rewards.mean(0).sum(), rewards.new_tensor(float(count))])
         self._rewards = self._rewards.to(sums) + sums
-        return policy_loss(judged, rewards, policy.baseline())
+        average = self.baseline_training.baseline.moving_average()
+        # Without any segment, the lone one the collator added is drawn but not judged.
+        return policy_loss(log_probs[:, :count], rewards, average, None if values is None else values[:count])
 
-    def _move_baseline(self) -> None:
-        """One step of the moving average per optimizer step, with the mean reward of all processes."""
-        if self.args.train_layer_selection != "sample":
+    def _step_baseline(self) -> None:
+        """One step of the moving average and of the critic per optimizer step, with what all processes found."""
+        if self.baseline_training is None:
             return
         total, count = self.accelerator.reduce(self._rewards, reduction="sum")
         self._rewards = torch.zeros_like(self._rewards)
         if count > 0:
-            self.bare_model.layer_policy.update_baseline(total / count)
+            self.baseline_training.baseline.update(total / count)
+        self.baseline_training.step(self.optimizer.param_groups[0]["lr"], self._mean_gradient)
+
+    def _mean_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Mean over all processes, free of the factor that half precision scales losses by."""
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        return self.accelerator.reduce(gradient, reduction="mean") / scale
 
     def _check_finite(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], example_ids: list[str]) -> None:
         """Stop at a loss that is no number, before it spoils the weights."""
@@ -281,8 +301,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
             f"batch are {', '.join(example_ids[:NAMES_SHOWN])}{more}"
         )
 
-    def _record(self, mode: str, sums, tokens, rewards, draws: PolicyDraws | None, policy: PolicyLoss | None) -> None:
-        """Add a micro-batch to what `log` tells."""
+    def _record(self, mode: str, sums, tokens, rewards, draws, policy: PolicyLoss | None) -> None:
+        """Add a micro-batch to what `log` tells; `draws` `(k, N)` are the layers drawn, if any."""
         segments = rewards.shape[1]
         added = {f"loss/{name}": value for name, value in sums.items() if name != "entropy"}
         added |= {"policy/entropy": sums["entropy"], "tokens": tokens, "segments": segments}
@@ -295,7 +315,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 "policy/advantage": (rewards - policy.baseline).mean(0).sum(),
             }
             layers = self.bare_model.config.num_layers
-            drawn = torch.bincount(draws.layers[:, :segments].flatten(), minlength=layers) / len(draws.layers)
+            drawn = torch.bincount(draws[:, :segments].flatten(), minlength=layers) / len(draws)
             added |= {f"layer/{layer}": share for layer, share in enumerate(drawn)}
         self._means[mode].add(added, tokens.device)
 
@@ -410,6 +430,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.baseline_training is not None:
+                self.baseline_training.save(checkpoint)
             mark_complete(checkpoint, self.run_record)
             if self.args.push_to_hub:
                 self.push_checkpoint(checkpoint)

@@ -1,6 +1,7 @@
 """What a training run can be told, and which parameters it trains."""
 
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -10,9 +11,10 @@ from trl import SFTConfig
 from uground.command_line import checked_seed
 from uground.training.grounding_loss import MapTarget
 from uground.training.losses import LossWeights
+from uground.training.reward_baseline import BASELINES
 
-# Frozen as in the official scripts: the LMM's vision tower, and what SAM makes of an image before any prompt.
-FROZEN = ("vision_tower", "vision_encoder", "shared_image_embedding", "shared_embedding")
+# What peft puts into the names of modules that it trains whole.
+PEFT_NAMES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")
 TRAIN_LAYER_SELECTIONS = ("sample", "last")
 # The order of the data is drawn by a generator of PyTorch alone, which takes more than NumPy's.
 DATA_SEEDS = range(2**63)
@@ -48,6 +50,12 @@ class UGroundTrainingConfig(SFTConfig):
         default=1,
         metadata={"help": "layers drawn per segment; more than one judge each draw by the others (leave-one-out)"},
     )
+    policy_baseline: str = field(
+        default="ema",
+        metadata={"help": "what single draws are held against: ema, a moving average of the reward, or critic"},
+    )
+    policy_ema_decay: float = field(default=0.9, metadata={"help": "share of that average kept at each step"})
+    critic_hidden_size: int = field(default=128, metadata={"help": "width of the critic"})
     text_weight: float = field(default=1.0, metadata={"help": "weight of the text cross-entropy"})
     mask_bce_weight: float = field(default=2.0, metadata={"help": "weight of the mask BCE"})
     mask_dice_weight: float = field(default=4.0, metadata={"help": "weight of the mask dice"})
@@ -94,7 +102,11 @@ class UGroundTrainingConfig(SFTConfig):
         checked_seed(self.seed)
         if self.data_seed is not None:
             checked_seed(self.data_seed, "data_seed", DATA_SEEDS)
-        for name in ("policy_samples", "eval_max_new_tokens"):
+        if self.policy_baseline not in BASELINES:
+            raise ValueError(f"policy_baseline must be one of {BASELINES}, got {self.policy_baseline!r}")
+        if not 0.0 <= self.policy_ema_decay < 1.0:
+            raise ValueError(f"policy_ema_decay must lie in [0, 1), got {self.policy_ema_decay}")
+        for name in ("policy_samples", "critic_hidden_size", "eval_max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length is not None and self.max_length < 1:
@@ -164,9 +176,12 @@ def freeze(
     Raises:
         ValueError: nothing is left to train.
     """
+    encoders = [f"lmm.{name}" for name in model.adapter.names.encoders]
+    if model.mask_decoder is not None:
+        encoders += [f"mask_decoder.{name}" for name in model.mask_decoder.encoders]
     for name, parameter in model.named_parameters():
         if trainable is None:
-            parameter.requires_grad_(not any(part in name.split(".") for part in FROZEN))
+            parameter.requires_grad_(not _is_below(name, encoders))
         else:
             parameter.requires_grad_(any(part in name for part in trainable))
     freeze_unused(model, weights or LossWeights(), policy)
@@ -185,31 +200,26 @@ def freeze_unused(model, weights: LossWeights, policy: bool = True) -> None:
         weights: of the loss terms.
         policy: whether layers are drawn from the layer policy.
     """
-    config = model.config
-    # SAM's embeddings of points, and of whether there is a mask prompt; where its pixels are is no matter of training.
-    unused = ["point_embed", "not_a_point_embed", "no_mask_embed" if "mask" in config.prompts else "mask_embed"]
-    unused += ["shared_embedding", "shared_image_embedding"]
+    prompts, head = model.config.prompts, model.mask_decoder
+    unused = [f"lmm.{name}" for name in model.adapter.unused()]
     if not weights.text:
-        unused.append("lm_head")
-    if not weights.iou:
-        unused.append("iou_prediction_head")
-    if not (weights.mask_bce or weights.mask_dice or weights.iou):
-        unused += ["mask_decoder", "prompt_encoder", "segment_projection"]
-        if not (weights.map_bce or weights.map_dice):
-            unused.append("similarity_scaling")
-    if not (policy and weights.policy):
-        unused.append("critic" if weights.entropy else "layer_policy")
-    depth = config.lmm_config.vision_config.num_hidden_layers
-    feature_layer = config.lmm_config.vision_feature_layer
-    last_used = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+        unused.append(f"lmm.{model.adapter.names.head}")
+    draws_masks = head is not None and bool(weights.mask_bce or weights.mask_dice or weights.iou)
+    if draws_masks:
+        names = (*head.frozen, *head.unused(prompts, scores=bool(weights.iou)))
+        unused += [f"mask_decoder.{name}" for name in names]
+    else:
+        unused += ["mask_decoder", "segment_projection"]
+    if not (weights.map_bce or weights.map_dice or (draws_masks and "mask" in prompts)):
+        unused.append("similarity_scaling")
+    if not ((policy and weights.policy) or weights.entropy):
+        unused.append("layer_policy")
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        is_unused = any(part in parts for part in unused)
-        if "output_hypernetworks_mlps" in parts:
-            # SAM draws four masks of a prompt; the first is the only one asked for.
-            is_unused |= parts[parts.index("output_hypernetworks_mlps") + 1] != "0"
-        if "vision_tower" in parts:
-            is_unused |= "post_layernorm" in parts
-            is_unused |= "layers" in parts and int(parts[parts.index("layers") + 1]) >= last_used
-        if is_unused:
+        if _is_below(name, unused):
             parameter.requires_grad_(False)
+
+
+def _is_below(name: str, modules: list[str]) -> bool:
+    """Whether a parameter belongs to one of some modules."""
+    name = PEFT_NAMES.sub("", name)
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

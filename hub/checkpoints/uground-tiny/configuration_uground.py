@@ -11,7 +11,14 @@ from transformers.utils import logging
 
 from .attention_parts import attention_of_parts
 from .checkpoint_files import check_config_fields, own_hints, read_json_object, reason_of
+from .head_sam import SamHead
+from .image_frames import FRAMES, ImageFrame
 from .known_names import nearest_name
+from .lmm_access import LmmAdapter
+from .lmm_families import lmm_adapter
+from .prompt_points import PointSettings
+from .prompts import PROMPTS
+from .similarity import SIMILARITY_SCALINGS
 
 logger = logging.get_logger(__name__)
 
@@ -19,11 +26,38 @@ logger = logging.get_logger(__name__)
 CODE_VERSION = "0.1.0"
 # Oldest minor version of transformers that this code is tested with: the floor of `setup.py`.
 TESTED_TRANSFORMERS = "5.23"
-PROMPTS = ("embedding", "mask")
 LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
-SIMILARITY_SCALINGS = ("minmax", "scaled")
-POLICY_BASELINES = ("ema", "critic")
+# Those that ask the layer policy.
+POLICY_RULES = ("sample", "argmax", "mc")
 EMBEDDING_LAYERS = ("selected", "last")
+MASK_HEADS = {"sam": SamHead}
+DEFAULT_PROMPTS = ("embedding", "mask")
+# Of the published systems that are settings of the same parts; DESIGN of each in its paper. The LMM and the SAM are
+# those that the caller names.
+SYSTEMS = {
+    "lisa": {
+        "image_frame": "centre_crop",
+        "prompts": ("embedding",),
+        "layer_policy": False,
+        "layer_selection": "last",
+    },
+    "sesame": {
+        "image_frame": "centre_crop",
+        "prompts": ("embedding",),
+        "layer_policy": False,
+        "layer_selection": "last",
+    },
+    "read": {
+        "image_frame": "centre_crop",
+        "prompts": ("embedding", "points"),
+        "layer_policy": False,
+        "layer_selection": "last",
+        "similarity_scaling": "minmax",
+    },
+    "uground": {"image_frame": "letterbox", "prompts": ("embedding", "mask"), "layer_policy": True},
+}
+# Of release 0.1.0, where they stood beside the weights; they are settings of training.
+EARLIER_KEYS = ("policy_baseline", "policy_ema_decay", "critic_hidden_size")
 # Where `pipeline("referring-segmentation", model=folder)` finds the pipeline, in a file beside `config.json`.
 CUSTOM_PIPELINES = {
     "referring-segmentation": {
@@ -40,17 +74,32 @@ class UGroundConfig(PreTrainedConfig):
 
     Args:
         lmm_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the vision-language trunk, of any LLaVA-like `AutoModelForImageTextToText`.
+            Configuration of the vision-language trunk, an `AutoModelForImageTextToText` of a family in `LMM_ADAPTERS`.
         sam_config (`dict` or `SamConfig`, *optional*):
             Configuration of the SAM that draws the masks. Its patch size is 16, so that low-resolution mask logits
-            live at 1/4 of the SAM frame.
+            live at 1/4 of the SAM frame. `None` stays `None`: a model without SAM.
         segment_token_id (`int`, *optional*):
             Id of `[SEG]`, in the vocabulary of the LMM. Resolve it by name with the tokenizer.
         reject_token_id (`int`, *optional*):
             Id of `[REJ]`; `None` for models that cannot reject by token.
-        prompts (`tuple[str]`, defaults to `("embedding", "mask")`):
-            What the mask decoder gets of each segment: the projected segment state (`"embedding"`), the similarity
-            map (`"mask"`).
+        image_frame (`str`, defaults to `"letterbox"`):
+            What the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
+        mask_head (`str`, *optional*):
+            What turns segments into masks: `"sam"`, which is the default with a `sam_config`; without one there is
+            none, and a segment is its similarity map.
+        prompts (`tuple[str]`, *optional*):
+            What the mask head gets of each segment: the projected segment state (`"embedding"`), the similarity map
+            (`"mask"`), points where it is high and low (`"points"`). By default embedding and mask, and without a mask
+            head nothing.
+        num_points (`int`, defaults to 30):
+            Points per segment.
+        point_thresholds (`tuple[float, float]`, defaults to `(0.8, 0.2)`):
+            A cell of the similarity map, scaled to [0, 1], is a positive point from the first on, a negative one up to
+            the second.
+        point_downsample (`int`, defaults to 2):
+            Image tokens along each axis that make one cell.
+        layer_policy (`bool`, defaults to `True`):
+            Whether the model has a policy that picks layers; without, `layer_selection` is `"last"` or a number.
         layer_selection (`str` or `int`, defaults to `"argmax"`):
             How a layer is chosen when a call does not say: `"sample"`, `"argmax"`, `"last"`, `"mc"` or a layer number.
         num_layer_samples (`int`, defaults to 8):
@@ -60,14 +109,8 @@ class UGroundConfig(PreTrainedConfig):
             dot / sqrt(D) plus a learned bias per layer, a true logit.
         embedding_layer (`str`, defaults to `"selected"`):
             Layer whose segment state is projected: the selected one (official mode 3) or the last (mode 2).
-        policy_baseline (`str`, defaults to `"ema"`):
-            Baseline of REINFORCE: an exponential moving average of the reward, or a small critic network.
-        policy_ema_decay (`float`, defaults to 0.9):
-            Share of the old value kept when the moving average is updated.
-        critic_hidden_size (`int`, defaults to 128):
-            Width of the critic's hidden layer.
         num_segment_tokens (`int`, defaults to 1):
-            Segment tokens written per object. Only 1 is implemented.
+            Ids that one segment stands for inside of the model, K. In text it is one `[SEG]`.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of new linear layers.
         custom_pipelines (`dict`, *optional*):
@@ -89,14 +132,17 @@ class UGroundConfig(PreTrainedConfig):
     sam_config: dict | PreTrainedConfig | None = None
     segment_token_id: int | None = None
     reject_token_id: int | None = None
-    prompts: list[str] | tuple[str, ...] = PROMPTS
+    image_frame: str = "letterbox"
+    mask_head: str | None = None
+    prompts: list[str] | tuple[str, ...] | None = None
+    num_points: int = 30
+    point_thresholds: list[float | int] | tuple[float | int, float | int] = (0.8, 0.2)
+    point_downsample: int = 2
+    layer_policy: bool = True
     layer_selection: str | int = "argmax"
     num_layer_samples: int = 8
     similarity_scaling: str = "scaled"
     embedding_layer: str = "selected"
-    policy_baseline: str = "ema"
-    policy_ema_decay: float = 0.9
-    critic_hidden_size: int = 128
     num_segment_tokens: int = 1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -104,34 +150,75 @@ class UGroundConfig(PreTrainedConfig):
     uground_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        for name in EARLIER_KEYS:
+            kwargs.pop(name, None)
         refuse_misspelt(kwargs)
+        has_sam = self.sam_config is not None
         super().__post_init__(**kwargs)
-        self.prompts = tuple(self.prompts)
+        if not has_sam:
+            self.sam_config = None
+        if self.mask_head is None and has_sam:
+            self.mask_head = "sam"
+        if self.prompts is None:
+            self.prompts = DEFAULT_PROMPTS if self.mask_head else ()
+        for name in ("prompts", "point_thresholds"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, tuple(value))
         if self.custom_pipelines is None:
             self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         self._check_settings()
 
     def _check_settings(self):
-        if not self.prompts or any(prompt not in PROMPTS for prompt in self.prompts):
-            raise ValueError(f"prompts must be one or more of {PROMPTS}, got {self.prompts}")
+        given = self.prompts
+        if not isinstance(given, tuple) or any(prompt not in PROMPTS for prompt in given) or len({*given}) < len(given):
+            raise ValueError(f"prompts must be of {tuple(PROMPTS)}, each at most once, got {given!r}")
         for name, value, allowed in (
             ("similarity_scaling", self.similarity_scaling, SIMILARITY_SCALINGS),
-            ("policy_baseline", self.policy_baseline, POLICY_BASELINES),
             ("embedding_layer", self.embedding_layer, EMBEDDING_LAYERS),
+            ("image_frame", self.image_frame, FRAMES),
+            ("mask_head", self.mask_head, (None, *MASK_HEADS)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-        check_layer_selection(self.layer_selection, self.num_layers)
-        if not 0.0 <= self.policy_ema_decay < 1.0:
-            raise ValueError(f"policy_ema_decay must lie in [0, 1), got {self.policy_ema_decay}")
-        if self.num_layer_samples < 1:
-            raise ValueError(f"num_layer_samples must be at least 1, got {self.num_layer_samples}")
-        if self.num_segment_tokens != 1:
-            raise ValueError(f"num_segment_tokens must be 1, got {self.num_segment_tokens}")
-        patch_size = self.sam_config.vision_config.patch_size
-        if patch_size != 16:
-            raise ValueError(f"the SAM of UGround has patches of 16 pixels, got {patch_size}")
+        if (self.mask_head is None) != (self.sam_config is None):
+            raise ValueError(f"mask_head 'sam' and a sam_config go together, got mask_head {self.mask_head!r}")
+        if self.mask_head and not self.prompts:
+            raise ValueError(f"a mask head needs prompts of {tuple(PROMPTS)}, got ()")
+        if self.prompts and not self.mask_head:
+            raise ValueError(f"prompts are for a mask head, which needs a sam_config, got {self.prompts} without one")
+        if not isinstance(self.layer_policy, bool):
+            raise ValueError(f"layer_policy must be True or False, got {self.layer_policy!r}")
+        for name in ("num_layer_samples", "num_segment_tokens", "num_points", "point_downsample"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        check_layer_selection(self.layer_selection, self.num_layers, self.layer_policy)
+        if self.mask_head:
+            MASK_HEADS[self.mask_head].frame_of(self.sam_config)
+        self._check_points()
         self.check_token_ids()
+
+    def _check_points(self) -> None:
+        given = self.point_thresholds
+        is_pair = isinstance(given, tuple) and len(given) == 2 and {*map(type, given)} <= {int, float}
+        if not is_pair or not 0.0 <= given[1] < given[0] <= 1.0:
+            raise ValueError(
+                "point_thresholds must be two numbers in 0..1, that of positive points above that of negative ones, "
+                f"got {given!r}"
+            )
+        if "points" not in self.prompts:
+            for name in ("num_points", "point_thresholds", "point_downsample"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} is of the prompt 'points', which this model has not; expected "
+                        f"it among the prompts, got {self.prompts}"
+                    )
+            return
+        rows, columns = self.token_grid_hw
+        if rows % self.point_downsample or columns % self.point_downsample:
+            raise ValueError(
+                f"point_downsample must divide the {rows} x {columns} token grid, got {self.point_downsample}"
+            )
 
     def check_token_ids(self) -> None:
         """
@@ -214,16 +301,45 @@ class UGroundConfig(PreTrainedConfig):
         return self.lmm_config.image_token_id
 
     @property
+    def adapter(self) -> LmmAdapter:
+        """What the package knows of the LMM's family."""
+        return lmm_adapter(self.lmm_config, self.image_frame)
+
+    @property
     def token_grid_hw(self) -> tuple[int, int]:
         """Rows and columns of the LMM's image tokens."""
-        vision_config = self.lmm_config.vision_config
-        side = vision_config.image_size // vision_config.patch_size
-        return side, side
+        return self.adapter.token_grid_hw
+
+    @property
+    def head_frame(self) -> ImageFrame | None:
+        """What the mask head sees of an image, in pixels; `None` without one."""
+        return MASK_HEADS[self.mask_head].frame_of(self.sam_config) if self.mask_head else None
 
     @property
     def frame_size(self) -> int:
         """Side of the SAM frame in pixels."""
-        return self.sam_config.vision_config.image_size
+        return self.head_frame.side
+
+    @property
+    def point_settings(self) -> PointSettings:
+        """How points are picked from similarity maps."""
+        return PointSettings(self.num_points, self.point_thresholds, self.point_downsample)
+
+    @classmethod
+    def for_system(cls, system: str, **settings) -> "UGroundConfig":
+        """
+        The settings of a published system.
+
+        Args:
+            system: `"lisa"`, `"sesame"`, `"read"` or `"uground"`.
+            settings: of [`UGroundConfig`], over those of the system: `lmm_config` and `sam_config` at least.
+
+        Raises:
+            ValueError: there is no such system, or a setting does not fit.
+        """
+        if system not in SYSTEMS:
+            raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
+        return cls(**{**SYSTEMS[system], **settings})
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""
@@ -251,8 +367,13 @@ def refuse_misspelt(names: Iterable[str]) -> None:
             raise ValueError(f"unknown config key {name}, expected {near}")
 
 
-def check_layer_selection(layer_selection: str | int, num_layers: int) -> None:
-    """Raise a `ValueError` unless `layer_selection` is a known rule or a layer number in 0..num_layers-1."""
+def check_layer_selection(layer_selection: str | int, num_layers: int, has_policy: bool = True) -> None:
+    """Raise a `ValueError` unless `layer_selection` is a rule that can be followed or a layer in 0..num_layers-1."""
+    if not has_policy and layer_selection in POLICY_RULES:
+        raise ValueError(
+            f"layer_selection {layer_selection!r} needs a layer policy, which this model has not; expected 'last' or "
+            "a layer number"
+        )
     if isinstance(layer_selection, str):
         if layer_selection not in LAYER_SELECTIONS:
             raise ValueError(

@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
-from .lmm_access import gather_layer_states
-from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
-from .shared_prefix import SharedPrefix, continue_prefixes, features_of_rows, prefix_keys, read_prefixes
+from .layer_states import WrittenStates
+from .output_uground import UGroundSegmentation, join_segmentations
+from .query_rows import Rows
+from .segment_tokens import LayerRequest, Segments
+from .shared_prefix import SharedPrefix, continue_prefixes, find_prefix
 
 # Rows written and decoded at a time where a call does not say: at 7B, keys and values of 64 rows take about 20 GB.
 MAX_ROWS = 64
@@ -17,31 +25,25 @@ MAX_ROWS = 64
 @dataclass
 class WrittenAnswers:
     """
-    What [`SegmentGenerationMixin.write_answers`] keeps of B rows with N segment tokens.
+    What [`SegmentGenerationMixin.write_answers`] keeps of B rows with N segments.
 
     Attributes:
         sequences, prompt_length, token_scores, image_index: as in [`UGroundSegmentation`].
-        rows (`(N,)`): row of each segment token.
-        segment_states (`(N, L+1, D)`): layer states that predicted the segment tokens.
-        prompt_states: L+1 tensors `(G, …, D)` that hold the image tokens of every row.
-        image_positions (`(G, n)`): columns of the image tokens in them.
-        images: the encoded images.
-        state_rows (`(B,)`, *optional*): where rows share a prefix, the row of `prompt_states` that holds the image
-            tokens of each; otherwise G = B, and each row holds its own.
+        segments: with their states, and those of the image tokens.
         finished (*optional*): as in [`UGroundSegmentation`]; `None` for answers that were not written here.
     """
 
     sequences: torch.Tensor
     prompt_length: int
-    rows: torch.Tensor
     token_scores: torch.Tensor
-    segment_states: torch.Tensor
-    prompt_states: tuple[torch.Tensor, ...]
-    image_positions: torch.Tensor
-    images: UGroundImageEmbeddings
     image_index: torch.Tensor
-    state_rows: torch.Tensor | None = None
+    segments: Segments
     finished: torch.Tensor | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all layer states that are kept."""
+        return self.segments.states.nbytes + self.segments.image_states.nbytes
 
 
 class SegmentGenerationMixin(GenerationMixin):
@@ -88,9 +90,8 @@ class SegmentGenerationMixin(GenerationMixin):
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
-        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
-        lmm_inputs, _ = self._prepare_lmm(input_ids, attention_mask, images, image_index)
-        return self.lmm.generate(**lmm_inputs, generation_config=settings, **others)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
+        return self.lmm.generate(**rows.lmm_inputs(), generation_config=settings, **others)
 
     @torch.no_grad()
     def segment(
@@ -134,18 +135,21 @@ class SegmentGenerationMixin(GenerationMixin):
         """
         refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
+        _check_left_padding(attention_mask)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
-        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        parts, is_split = [], len(input_ids) > max_rows
-        for rows in torch.arange(len(input_ids)).split(max_rows):
-            text = (input_ids[rows], None if attention_mask is None else attention_mask[rows], image_index[rows])
+        kept = self.known_layers(layer_selection)
+        request = LayerRequest(selection=layer_selection, num_samples=num_layer_samples)
+        parts, is_split = [], len(rows) > max_rows
+        for numbers in torch.arange(len(rows)).split(max_rows):
+            some = rows.select(numbers) if is_split else rows
             if is_split:
-                prefix = self.read_prefix(*text, images, known=prefix)
-            answers = self.write_answers(*text, images, prefix=prefix, **generate_kwargs)
-            parts.append(self.read_masks(answers, layer_selection, num_layer_samples))
+                # Even for one row here: the next ones may begin alike.
+                prefix = find_prefix(self.lmm, some, self.config.num_layers, prefix, kept)
+            parts.append(self._read_masks(self._write_answers(some, prefix, kept, generate_kwargs), request))
         return join_segmentations(parts, self._padding_token_id()) if is_split else parts[0]
 
     @torch.no_grad()
@@ -161,15 +165,10 @@ class SegmentGenerationMixin(GenerationMixin):
             known (*optional*): read before; returned, for these rows, if it holds all they begin with.
 
         Returns:
-            `None` if it cannot be shared: a row ends with its image, or the rows' prefixes differ in length.
+            `None` if it cannot be shared, see [`Rows.prefix_keys`].
         """
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(image_embeddings.lmm_features))
-        lmm_inputs, positions = self._prepare_lmm(input_ids, attention_mask, image_embeddings, image_index)
-        keys = prefix_keys(lmm_inputs, positions, image_index)
-        if keys is None:
-            return None
-        prefix = None if known is None else known.of_rows(keys, features_of_rows(lmm_inputs))
-        return prefix or read_prefixes(self.lmm, lmm_inputs, positions, keys)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings)
+        return find_prefix(self.lmm, rows, self.config.num_layers, known)
 
     @torch.no_grad()
     def write_answers(
@@ -179,88 +178,95 @@ class SegmentGenerationMixin(GenerationMixin):
         image_index,
         image_embeddings,
         prefix: SharedPrefix | None = None,
+        layers: list[int] | None = None,
         **generate_kwargs,
-    ) -> "WrittenAnswers":
+    ) -> WrittenAnswers:
         """
         The first half of [`segment`]: write, and keep the layer states that masks are read from.
 
-        Masks may be read from the result several times, with different layers, by [`read_masks`]. It holds the layer
-        states of the whole prompts, so drop it when done. Arguments and errors are those of [`segment`].
+        Masks may be read from the result several times, with different layers, by [`read_masks`]. It holds the states
+        of all image tokens at `layers` (all by default), so drop it when done. Other arguments and errors are those of
+        [`segment`].
         """
         refuse_unknown(self.write_answers, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings)
+        return self._write_answers(rows, prefix, layers, generate_kwargs)
+
+    def _write_answers(self, rows: Rows, prefix, kept: list[int] | None, generate_kwargs: dict) -> WrittenAnswers:
+        """Write, following the states that predict segment tokens; `kept` layers of image tokens are held."""
         settings, others = self._generation_settings(generate_kwargs)
         check_supported(settings, others)
-        settings.update(return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
-        images = image_embeddings
-        image_index = self._resolve_image_index(image_index, len(input_ids), len(images.lmm_features))
-        lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index)
-        self._check_finite(images.lmm_features, images.sam_embeddings)
-        prefix = self._shared_prefix(lmm_inputs, image_positions, image_index, prefix)
-        if prefix is not None:
-            lmm_inputs = continue_prefixes(prefix, lmm_inputs, image_positions)
-        generated = self.lmm.generate(**lmm_inputs, generation_config=settings, **others)
-        prompt_length = input_ids.shape[1]
-        token_id = self._segment_token_id()
-        rows, steps = (generated.sequences[:, prompt_length:] == token_id).nonzero(as_tuple=True)
+        settings.update(return_dict_in_generate=True, output_hidden_states=False, output_logits=False)
+        images, adapter, lmm = rows.images, rows.adapter, self.lmm
+        self._check_finite(images.lmm_features, *([] if self.mask_decoder is None else [images.sam_embeddings]))
+        prefix = self._shared_prefix(rows, prefix, kept)
+        columns = rows.image_columns if prefix is None else None
+        states = WrittenStates(
+            lmm,
+            adapter.decoder_layers(lmm),
+            adapter.final_norm(lmm),
+            columns,
+            kept,
+            self._segment_token_id(),
+            self.config.image_token_id,
+        )
+        others["stopping_criteria"] = StoppingCriteriaList([states, *(others.get("stopping_criteria") or [])])
+        lmm_inputs = rows.lmm_inputs() if prefix is None else continue_prefixes(prefix, rows)
+        with states:
+            generated = lmm.generate(**lmm_inputs, generation_config=settings, **others)
+        prompt_length = rows.input_ids.shape[1]
+        row, segment_states, scores = states.segments(self.config.num_segment_tokens)
+        image_states = states.image_states(self.config.num_layers) if prefix is None else prefix.image_states
+        image_index = rows.image_index.to(row.device)
+        token_row = row if image_states.row_of is None else image_states.row_of.to(row.device)[row]
         return WrittenAnswers(
             # As they were given: with a shared prefix, padding stood elsewhere.
-            sequences=torch.cat([input_ids, generated.sequences[:, prompt_length:]], 1),
+            sequences=torch.cat([rows.input_ids, generated.sequences[:, prompt_length:]], 1),
             prompt_length=prompt_length,
-            finished=self._finished(generated.sequences, prompt_length, settings, others),
-            rows=rows,
-            token_scores=self._token_probabilities(generated.logits, rows, steps),
-            segment_states=_states_at_steps(generated.hidden_states, rows, steps),
-            prompt_states=generated.hidden_states[0] if prefix is None else prefix.states,
-            image_positions=image_positions if prefix is None else prefix.image_positions,
-            images=images,
-            image_index=image_index,
-            state_rows=None if prefix is None else prefix.row_prefix,
+            finished=self._finished(generated.sequences, prompt_length, settings, generate_kwargs),
+            token_scores=scores,
+            image_index=rows.image_index,
+            segments=Segments(row, segment_states, image_index[row], token_row, image_states, images),
         )
 
-    def _shared_prefix(self, lmm_inputs, image_positions, image_index, known: SharedPrefix | None):
+    def _shared_prefix(self, rows: Rows, known: SharedPrefix | None, kept) -> SharedPrefix | None:
         """The prefixes of all rows, read now unless they are `known`; `None` where nothing is gained by sharing."""
-        keys = prefix_keys(lmm_inputs, image_positions, image_index)
+        keys = rows.prefix_keys
         if keys is None:
             return None
-        prefix = None if known is None else known.of_rows(keys, features_of_rows(lmm_inputs))
-        if prefix is None and len(set(keys)) < len(keys):
-            prefix = read_prefixes(self.lmm, lmm_inputs, image_positions, keys)
-        return prefix
+        if known is not None and (prefix := known.of_rows(rows)) is not None:
+            return prefix
+        return find_prefix(self.lmm, rows, self.config.num_layers, None, kept) if len(set(keys)) < len(keys) else None
 
     @torch.no_grad()
     def read_masks(
         self,
-        answers: "WrittenAnswers",
+        answers: WrittenAnswers,
         layer_selection: str | int | None = None,
         num_layer_samples: int | None = None,
     ) -> UGroundSegmentation:
         """The second half of [`segment`]: decode a mask for each segment token of written answers."""
+        return self._read_masks(answers, LayerRequest(selection=layer_selection, num_samples=num_layer_samples))
+
+    def _read_masks(self, answers: WrittenAnswers, request: LayerRequest) -> UGroundSegmentation:
+        segments = answers.segments
         # Before a layer is drawn: drawing from NaN fails with a sentence about something else.
-        self._check_finite(self.layer_policy(answers.segment_states))
-        segments = self.decode_segments(
-            answers.segment_states,
-            answers.prompt_states,
-            answers.rows,
-            answers.image_positions,
-            answers.images,
-            answers.image_index,
-            layer_selection=layer_selection,
-            num_layer_samples=num_layer_samples,
-            state_rows=answers.state_rows,
-        )
-        self._check_finite(segments["mask_logits"], segments["iou_scores"])
+        self._check_finite(segments.states if self.layer_policy is None else self.layer_policy(segments.states))
+        found = self.decode_segments(segments, request)
+        if self.mask_decoder is not None:
+            self._check_finite(found["mask_logits"], found["iou_scores"])
+        images = segments.images
         return UGroundSegmentation(
             sequences=answers.sequences,
             prompt_length=answers.prompt_length,
             finished=answers.finished,
             image_index=answers.image_index,
-            segment_row=answers.rows,
             token_scores=answers.token_scores,
-            valid_sizes=answers.images.valid_sizes,
-            sam_valid_sizes=answers.images.sam_valid_sizes,
-            original_sizes=answers.images.original_sizes,
-            **segments,
+            valid_sizes=images.valid_sizes,
+            sam_valid_sizes=images.sam_valid_sizes,
+            original_sizes=images.original_sizes,
+            **found,
         )
 
     def _generation_settings(self, generate_kwargs: dict) -> tuple[GenerationConfig, dict]:
@@ -284,15 +290,6 @@ class SegmentGenerationMixin(GenerationMixin):
         settings = self.generation_config
         given = settings.eos_token_id if settings.pad_token_id is None else settings.pad_token_id
         return given[0] if isinstance(given, (list, tuple)) else given or 0
-
-    def _token_probabilities(self, logits, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Probability of the segment token at given rows and steps, from per-step logits `(B, V)`: `(N,)` float32."""
-        if not len(rows):
-            return logits[0].new_zeros((0,)).float()
-        places = zip(rows.tolist(), steps.tolist(), strict=True)
-        chosen = torch.stack([logits[step][row] for row, step in places]).float()
-        chosen[:, self.config.image_token_id] = -torch.inf
-        return chosen.softmax(-1)[:, self._segment_token_id()]
 
     def _check_finite(self, *values: torch.Tensor) -> None:
         """NaN weights would otherwise read as "nothing found": arg-max over NaN is a valid token."""
@@ -320,23 +317,3 @@ class _FiniteLogits(LogitsProcessor):
 def _check_left_padding(attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise ValueError("prompts must be padded on the left; got rows whose last token is padding")
-
-
-def _states_at_steps(hidden_states, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """
-    States that predicted the tokens written at given steps.
-
-    Args:
-        hidden_states: per step, L+1 tensors `(B, t, D)`; t is the prompt's length at step 0 and 1 after it.
-        rows, steps (`(N,)`): row and step of each segment token.
-
-    Returns:
-        `(N, L+1, D)`.
-    """
-    last = hidden_states[0][-1]
-    states = last.new_empty(len(rows), len(hidden_states[0]), last.shape[-1])
-    for step in steps.unique().tolist():
-        chosen = (steps == step).nonzero().squeeze(-1)
-        columns = torch.full_like(chosen, hidden_states[step][-1].shape[1] - 1)
-        states[chosen.to(states.device)] = gather_layer_states(hidden_states[step], rows[chosen], columns)
-    return states

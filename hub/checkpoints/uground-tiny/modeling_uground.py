@@ -3,31 +3,27 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
 from .attention_parts import is_flash
 from .call_arguments import refuse_unknown, with_answer_length
 from .checkpoint_files import refuses_bad_config
-from .configuration_uground import UGroundConfig, check_layer_selection
+from .configuration_uground import MASK_HEADS, UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
+from .head_sam import mask_overlap
 from .image_rows import check_images, check_queries, resolve_image_index
-from .layer_policy import LayerChoice, LayerPolicy, log_probs_of, select_layers
+from .layer_policy import LayerChoice, LayerPolicy, draw_layers, log_probs_of, select_layers
+from .layer_states import ImageStates, states_at
 from .library_compat import CACHE_NAME
-from .lmm_access import (
-    encode_lmm_images,
-    find_segments,
-    gather_layer_states,
-    image_similarity,
-    image_token_positions,
-    prepare_lmm_inputs,
-    token_validity,
-)
-from .mask_decoder import MaskDecoder, mask_overlap
 from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
 from .pretrained_uground import UGroundPreTrainedModel
-from .prompts import PADDING_VALUE, SegmentProjection, SimilarityScaling, build_mask_prompts
+from .prompts import PROMPTS, PromptSource, SegmentProjection
+from .query_rows import Rows, prepare_rows
+from .segment_tokens import LayerRequest, Segments, find_segments
 from .session_uground import ImageSessionMixin
+from .similarity import PADDING_VALUE, SimilarityScaling, image_similarity
 
 # Keeps the logit of an average probability finite where every draw is certain.
 PROBABILITY_MARGIN = 1e-6
@@ -44,7 +40,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     An image and a sentence in, words and masks out.
 
     Parts: `lmm` (the vision-language trunk), `layer_policy` (which layer a segment leaves through),
-    `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (SAM).
+    `segment_projection` and `similarity_scaling` (prompts), `mask_decoder` (the mask head). A part that the config
+    does not ask for is `None`.
     """
 
     @refuses_bad_config
@@ -53,24 +50,18 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         # Settings may have been changed since the config was made.
         config.check_token_ids()
         hidden_size = config.get_text_config().hidden_size
-        prompt_size = config.sam_config.prompt_encoder_config.hidden_size
+        self.adapter = config.adapter
         # First in line: `device_map="auto"` takes off the accelerator what is last, and the LMM's layers can bear it.
-        self.mask_decoder = MaskDecoder(config.sam_config)
+        self.mask_decoder = MASK_HEADS[config.mask_head](config.sam_config) if config.mask_head else None
         self.lmm = AutoModelForImageTextToText.from_config(config.lmm_config)
-        self.layer_policy = LayerPolicy(
-            config.num_layers,
-            hidden_size,
-            config.policy_baseline,
-            config.policy_ema_decay,
-            config.critic_hidden_size,
-        )
-        self.segment_projection = SegmentProjection(hidden_size, prompt_size) if self._uses("embedding") else None
+        self.layer_policy = LayerPolicy(config.num_layers, hidden_size) if config.layer_policy else None
+        self.segment_projection = None
+        if "embedding" in config.prompts:
+            prompt_size = config.sam_config.prompt_encoder_config.hidden_size
+            self.segment_projection = SegmentProjection(hidden_size, prompt_size)
         self.similarity_scaling = SimilarityScaling(config.similarity_scaling, config.num_layers, hidden_size)
         self.post_init()
         with_answer_length(self.generation_config)
-
-    def _uses(self, prompt: str) -> bool:
-        return prompt in self.config.prompts
 
     @property
     def vocab_size(self) -> int:
@@ -133,6 +124,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         original_sizes: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
         **queries,
     ) -> UGroundImageEmbeddings:
         """
@@ -143,6 +135,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them.
             input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
             the processor returned may be passed along and is not read.
+            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of these images, made before.
 
         Raises:
             ValueError: the sizes do not fit together, or no query asks about one of the images.
@@ -152,11 +145,12 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         check_images(pixel_values, sam_pixel_values, valid_sizes, sam_valid_sizes, original_sizes)
         if input_ids is not None:
             check_queries(input_ids, image_index, len(pixel_values))
-        lmm_vision = self.config.lmm_config.vision_config
-        token_valid = token_validity(valid_sizes, self.config.token_grid_hw, lmm_vision.patch_size)
+        if self.mask_decoder is not None and sam_embeddings is None:
+            sam_embeddings = self.mask_decoder.encode(sam_pixel_values)
+        token_valid = self.adapter.token_validity(valid_sizes)
         return UGroundImageEmbeddings(
-            lmm_features=encode_lmm_images(self.lmm, pixel_values, token_valid),
-            sam_embeddings=self.mask_decoder.encode(sam_pixel_values),
+            lmm_features=self.adapter.encode(self.lmm, pixel_values, token_valid),
+            sam_embeddings=sam_embeddings,
             token_valid=token_valid,
             valid_sizes=valid_sizes,
             sam_valid_sizes=sam_valid_sizes,
@@ -177,7 +171,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         layer_index: torch.Tensor | None = None,
         layer_selection: str | int | None = None,
         num_layer_samples: int | None = None,
+        layer_uniforms: torch.Tensor | np.ndarray | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
+        sam_embeddings: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: None = None,
         use_cache: bool | None = None,
@@ -196,7 +192,12 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             layer_index (`(N,)`, *optional*): forces the layer of each segment.
             layer_selection (`str` or `int`, *optional*): replaces `config.layer_selection` for this call.
             num_layer_samples (`int`, *optional*): replaces `config.num_layer_samples` for this call.
+            layer_uniforms (`(k, M)`, tensor or array in [0, 1), *optional*): draws k layers for each of the first M
+            segments with these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and
+            `other_maps`.
             image_embeddings (*optional*): of [`get_image_embeddings`], instead of the image inputs.
+            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of an earlier pass over these images, which then are not
+            encoded by SAM.
             position_ids (`(B, T)`, *optional*): by default each token counts the tokens before it. Rows that pack
             several queries behind one image need them, and an `attention_mask` `(B, T, T)` that says which keys each
             token may see.
@@ -215,32 +216,38 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
-        images, image_index = self._resolve_images((input_ids, image_index), image_embeddings, frames)
-        lmm_inputs, image_positions = self._prepare_lmm(input_ids, attention_mask, images, image_index, position_ids)
+        rows = self.prepare_rows(
+            input_ids, attention_mask, image_index, image_embeddings, frames, position_ids, sam_embeddings
+        )
         outputs = self.lmm(
-            **lmm_inputs,
+            **rows.lmm_inputs(),
             use_cache=bool(asked["cache"]),
             output_hidden_states=True,
             output_attentions=asked["attentions"],
             return_dict=True,
         )
-        rows, columns = find_segments(input_ids, self._segment_token_id())
-        states = gather_layer_states(outputs.hidden_states, rows, columns)
-        segments = self.decode_segments(
-            states,
-            outputs.hidden_states,
-            rows,
-            image_positions,
-            images,
-            image_index,
-            layer_index=layer_index,
-            layer_selection=layer_selection,
-            num_layer_samples=num_layer_samples,
+        segments = self.segments_of(rows, outputs.hidden_states)
+        request = LayerRequest(layer_index, layer_selection, num_layer_samples, layer_uniforms)
+        found = self.decode_segments(segments, request)
+        found |= further_outputs(outputs, CACHE_NAME, asked)
+        output = UGroundOutput(
+            loss=None if labels is None else self._text_loss(outputs.logits, labels, **kwargs),
+            logits=outputs.logits,
+            sam_embeddings=rows.images.sam_embeddings,
+            **found,
         )
-        loss = None if labels is None else self._text_loss(outputs.logits, labels, **kwargs)
-        segments |= further_outputs(outputs, CACHE_NAME, asked)
-        output = UGroundOutput(loss=loss, logits=outputs.logits, segment_row=rows, **segments)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def segments_of(self, rows: Rows, hidden_states: tuple[torch.Tensor, ...]) -> Segments:
+        """The segments that stand in rows, with L+1 states `(B, T, D)` of a pass over these."""
+        row, columns = find_segments(rows.input_ids, self._segment_token_id(), self.config.num_segment_tokens)
+        states = states_at(hidden_states, row, columns)
+        # Views, no copies: a graph keeps these states anyway.
+        image_states = ImageStates(hidden_states, rows.image_columns)
+        device = states.device
+        image = rows.image_index.to(device)[row.to(device)]
+        row = row.to(device)
+        return Segments(row, states, image, row, image_states, rows.images, columns.to(device))
 
     def _text_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """
@@ -253,127 +260,137 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         labels = labels.masked_fill(labels == image_token, IGNORED_LABEL)
         return self.lmm.loss_function(logits=words, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
-    def decode_segments(
-        self,
-        segment_states: torch.Tensor,
-        hidden_states: tuple[torch.Tensor, ...],
-        rows: torch.Tensor,
-        image_positions: torch.Tensor,
-        images: UGroundImageEmbeddings,
-        image_index: torch.Tensor,
-        layer_index: torch.Tensor | None = None,
-        layer_selection: str | int | None = None,
-        num_layer_samples: int | None = None,
-        state_rows: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor | None]:
+    def decode_segments(self, segments: Segments, request: LayerRequest) -> dict[str, torch.Tensor | None]:
         """
-        From layer states to masks: policy, similarity map, prompts, SAM.
+        From layer states to masks: policy, similarity map, prompts, mask head.
 
         Args:
-            segment_states (`(N, L+1, D)`): of the N segments, in reading order.
-            hidden_states: L+1 tensors `(G, T, D)` that hold the image tokens of every row.
-            rows (`(N,)`): row of each segment.
-            image_positions (`(G, n)`): columns of the image tokens in `hidden_states`.
-            images, image_index: the images, and which one each of B rows asks about.
-            layer_index, layer_selection, num_layer_samples: as in [`forward`].
-            state_rows (`(B,)`, *optional*): row of `hidden_states` that holds the image tokens of each row; by
-                default each row holds its own.
+            segments: N segments with their states.
+            request: how their layers are chosen.
 
         Returns:
-            The fields of [`UGroundOutput`] from `layer_logits` on.
+            Fields of [`UGroundOutput`].
         """
         # Parts may lie on several devices; everything comes back to that of the states.
-        device = segment_states.device
-        layer_logits = self.layer_policy(segment_states).to(device)
-        choice = self._choose_layers(layer_logits, layer_index, layer_selection, num_layer_samples)
-        rows = rows.to(device)
-        segment_image = image_index.to(device)[rows]
-        token_rows = rows if state_rows is None else state_rows.to(device)[rows]
-        sources = (segment_states, hidden_states, token_rows, image_positions, images, segment_image)
-        decoded = (
-            self._decode_chosen(choice.index, *sources)
-            if choice.draws is None
-            else self._decode_drawn(choice.draws, *sources)
-        )
+        device = segments.states.device
+        logits = None if self.layer_policy is None else self.layer_policy(segments.states).to(device)
+        drawn = {} if request.uniforms is None else self._draw(segments, logits, request.uniforms)
+        if drawn:
+            request = LayerRequest(index=drawn["layer_draws"][0])
+        choice = self._choose_layers(len(segments), logits, request, device)
+        decode = self._decode_chosen if choice.draws is None else self._decode_drawn
         return {
-            "layer_logits": layer_logits,
+            "segment_row": segments.row,
+            "layer_logits": logits,
             "layer_index": choice.index,
             "log_probs": choice.log_probs,
-            **decoded,
+            **drawn,
+            **decode(segments, choice),
         }
 
-    def _decode_chosen(self, layer_index, states, hidden_states, token_rows, image_positions, images, segment_image):
-        """One layer per segment: similarity, similarity map, mask logits and IoU estimates."""
-        segments = torch.arange(len(token_rows), device=states.device)
-        chosen_states = states[segments, layer_index]
-        similarity = image_similarity(chosen_states, hidden_states, token_rows, layer_index, image_positions)
-        similarity = similarity.view(-1, *self.config.token_grid_hw)
-        similarity_map = self.similarity_scaling(similarity, layer_index).to(states.device)
-        embedding_prompts = mask_prompts = None
-        if self._uses("embedding"):
-            embedded = chosen_states if self.config.embedding_layer == "selected" else states[:, -1]
-            embedding_prompts = self.segment_projection(embedded)
-        if self._uses("mask"):
-            mask_prompts = build_mask_prompts(
-                similarity_map,
-                segment_image,
-                images.valid_sizes,
-                images.original_sizes,
-                self.config.lmm_config.vision_config.image_size,
-                self.mask_decoder.low_resolution,
-                PADDING_VALUE[self.config.similarity_scaling],
-            )
-        mask_logits, iou_scores = self.mask_decoder(
-            images.sam_embeddings, segment_image, embedding_prompts, mask_prompts
-        )
+    def _draw(self, segments: Segments, logits, uniforms: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Layers drawn with given numbers, their log-probabilities, and the maps at all draws but the first."""
+        if logits is None:
+            raise ValueError("layer_uniforms draw from a layer policy, which this model has not")
+        uniforms = torch.as_tensor(uniforms)
+        missing = len(segments) - uniforms.shape[1]
+        # A segment that stands for none of the batch is drawn too, and judged by nobody.
+        uniforms = torch.nn.functional.pad(uniforms, (0, missing)) if missing > 0 else uniforms
+        draws = draw_layers(logits, uniforms.to(logits.device))
+        with torch.no_grad():
+            maps = [self._similarity(segments, layers)[1] for layers in draws[1:]]
+        empty = (0, len(segments), *self.config.token_grid_hw)
         return {
-            "similarity": similarity,
-            "similarity_map": similarity_map,
-            "mask_logits": mask_logits.to(states.device),
-            "iou_scores": iou_scores.to(states.device),
+            "layer_draws": draws,
+            "draw_log_probs": torch.stack([log_probs_of(logits, layers) for layers in draws]),
+            "other_maps": torch.stack(maps) if maps else logits.new_zeros(empty),
         }
 
-    def _decode_drawn(self, draws, states, hidden_states, token_rows, image_positions, images, segment_image):
-        """Average over the layers drawn of each segment; a layer drawn twice is decoded once and weighs double."""
-        segment, layer = draws.nonzero(as_tuple=True)
-        weight = draws[segment, layer]
-        decoded = self._decode_chosen(
-            layer, states[segment], hidden_states, token_rows[segment], image_positions, images, segment_image[segment]
+    def _similarity(self, segments: Segments, layer_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw and scaled similarity `(N, h, w)` at one layer per segment."""
+        chosen = segments.states[torch.arange(len(segments), device=layer_index.device), :, layer_index].mean(1)
+        similarity = image_similarity(chosen, segments.image_states, segments.token_row, layer_index)
+        similarity = similarity.view(-1, *self.config.token_grid_hw)
+        return similarity, self.similarity_scaling(similarity, layer_index).to(similarity.device)
+
+    def _decode_chosen(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
+        """One layer per segment: similarity, similarity map, prompts, mask logits and IoU estimates."""
+        similarity, similarity_map = self._similarity(segments, choice.index)
+        found = {"similarity": similarity, "similarity_map": similarity_map}
+        if self.mask_decoder is None:
+            return found
+        number = torch.arange(len(segments), device=choice.index.device)
+        layer = choice.index if self.config.embedding_layer == "selected" else torch.full_like(choice.index, -1)
+        source = PromptSource(
+            states=segments.states[number, :, layer].mean(1),
+            similarity=similarity,
+            similarity_map=similarity_map,
+            image=segments.image,
+            image_sizes=list(map(tuple, segments.images.original_sizes.tolist())),
+            lmm_frame=self.adapter.frame,
+            head_frame=self.mask_decoder.frame,
+            prompt_side=self.mask_decoder.side,
+            padding_value=PADDING_VALUE[self.config.similarity_scaling],
+            projection=self.segment_projection,
+            points=self.config.point_settings,
         )
+        prompts = {argument: make(source) for argument, make in map(PROMPTS.get, self.config.prompts)}
+        if "point_prompts" in prompts:
+            found["points"], found["point_labels"] = prompts["point_prompts"]
+        mask_logits, iou_scores = self.mask_decoder(segments.images.sam_embeddings, segments.image, **prompts)
+        device = segments.states.device
+        return {**found, "mask_logits": mask_logits.to(device), "iou_scores": iou_scores.to(device)}
+
+    def _decode_drawn(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
+        """Average over the layers drawn of each segment; a layer drawn twice is decoded once and weighs double."""
+        segment, layer = choice.draws.nonzero(as_tuple=True)
+        weight = choice.draws[segment, layer]
+        decoded = self._decode_chosen(segments.select(segment), LayerChoice(layer, None))
 
         def average(values: torch.Tensor) -> torch.Tensor:
             weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
-            return values.new_zeros(len(token_rows), *values.shape[1:]).index_add(0, segment, weighted)
+            return values.new_zeros(len(segments), *values.shape[1:]).index_add(0, segment, weighted)
 
+        # Points of several layers are no points of one.
+        found = {name: average(decoded[name]) for name in ("similarity", "similarity_map")}
+        if "mask_logits" not in decoded:
+            return found
         probabilities = decoded.pop("mask_logits").sigmoid()
         mean = average(probabilities)
         # One at a time: each of these is as large as all mask logits.
         uncertainty = average((probabilities - mean[segment]) ** 2)
         overlap = mask_overlap(probabilities > 0.5, (mean > 0.5)[segment])
         return {
-            **{name: average(values) for name, values in decoded.items()},
+            **found,
+            "iou_scores": average(decoded["iou_scores"]),
             "mask_logits": mean.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN).logit(),
             "uncertainty": uncertainty,
             "agreement": average(overlap),
         }
 
-    def _choose_layers(self, layer_logits, layer_index, layer_selection, num_layer_samples) -> LayerChoice:
+    def _choose_layers(self, count: int, layer_logits, request: LayerRequest, device) -> LayerChoice:
+        """A layer for each of N segments, by number or by a rule."""
+        num_layers, layer_index = self.config.num_layers, request.index
         if layer_index is not None:
-            if layer_index.shape != layer_logits.shape[:1]:
+            if layer_index.shape != (count,):
                 raise ValueError(
-                    f"layer_index must name one layer for each of the {len(layer_logits)} segments, "
+                    f"layer_index must name one layer for each of the {count} segments, "
                     f"got shape {tuple(layer_index.shape)}"
                 )
-            if len(layer_index) and not 0 <= layer_index.min() <= layer_index.max() < layer_logits.shape[1]:
-                raise ValueError(f"layer_index must lie in 0..{layer_logits.shape[1] - 1}, got {layer_index.tolist()}")
-            layer_index = layer_index.to(layer_logits.device)
-            return LayerChoice(layer_index, log_probs_of(layer_logits, layer_index))
-        return select_layers(layer_logits, *self._resolve_selection(layer_selection, num_layer_samples))
+            if len(layer_index) and not 0 <= layer_index.min() <= layer_index.max() < num_layers:
+                raise ValueError(f"layer_index must lie in 0..{num_layers - 1}, got {layer_index.tolist()}")
+            layer_index = layer_index.to(device)
+            return LayerChoice(layer_index, None if layer_logits is None else log_probs_of(layer_logits, layer_index))
+        selection, samples = self._resolve_selection(request.selection, request.num_samples)
+        if layer_logits is None:
+            layer = num_layers - 1 if selection == "last" else selection
+            return LayerChoice(torch.full((count,), layer, dtype=torch.long, device=device), None)
+        return select_layers(layer_logits, selection, samples)
 
     def _resolve_selection(self, layer_selection, num_layer_samples) -> tuple[str | int, int]:
         """How layers are chosen, and how many are drawn under `"mc"`: what the call says, or else the config."""
         selection = self.config.layer_selection if layer_selection is None else layer_selection
-        check_layer_selection(selection, self.config.num_layers)
+        check_layer_selection(selection, self.config.num_layers, self.config.layer_policy)
         samples = self.config.num_layer_samples if num_layer_samples is None else num_layer_samples
         if samples < 1:
             raise ValueError(f"num_layer_samples must be at least 1, got {samples}")
@@ -384,41 +401,56 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             raise ValueError("config.segment_token_id is not set: this model does not know its [SEG] token")
         return self.config.segment_token_id
 
-    def _resolve_images(self, rows, image_embeddings, image_inputs) -> tuple[UGroundImageEmbeddings, torch.Tensor]:
+    def known_layers(self, layer_selection: str | int | None = None) -> list[int] | None:
+        """Layers whose image states a rule will read; `None` where only the segments will tell."""
+        selection, _ = self._resolve_selection(layer_selection, None)
+        if selection == "last":
+            return [self.config.num_layers - 1]
+        return None if isinstance(selection, str) else [selection]
+
+    def prepare_rows(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        image_embeddings: UGroundImageEmbeddings | None,
+        image_inputs: tuple[torch.Tensor | None, ...] = (),
+        position_ids: torch.Tensor | None = None,
+        sam_embeddings: torch.Tensor | None = None,
+    ) -> Rows:
         """
-        Encode the image inputs, which must be those of the rows, unless they were encoded before; and say which image
-        each row asks about.
+        Rows as the LMM takes them, and the images that they ask about, encoded unless they were before.
+
+        Args:
+            input_ids, attention_mask, image_index, image_embeddings, position_ids, sam_embeddings: as in [`forward`].
+            image_inputs: pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and original_sizes, needed
+                without `image_embeddings`.
+
+        Raises:
+            ValueError: something is missing, or does not fit together.
         """
-        input_ids, image_index = rows
-        if image_embeddings is None and any(value is None for value in image_inputs):
-            raise ValueError(
-                "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and "
-                "original_sizes"
-            )
         if image_embeddings is None:
-            image_embeddings = self.get_image_embeddings(*image_inputs, input_ids=input_ids, image_index=image_index)
-        images = len(image_embeddings.lmm_features)
-        return image_embeddings, self._resolve_image_index(image_index, len(input_ids), images)
-
-    _resolve_image_index = staticmethod(resolve_image_index)
-
-    def _prepare_lmm(self, input_ids, attention_mask, images: UGroundImageEmbeddings, image_index, position_ids=None):
-        """Arguments of the LMM, and the columns of its image tokens `(B, n)`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            if not image_inputs or any(value is None for value in image_inputs):
+                raise ValueError(
+                    "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes "
+                    "and original_sizes"
+                )
+            image_embeddings = self.get_image_embeddings(
+                *image_inputs, input_ids=input_ids, image_index=image_index, sam_embeddings=sam_embeddings
+            )
+        image_index = resolve_image_index(image_index, len(input_ids), len(image_embeddings.lmm_features))
         attention = self.lmm.config.get_text_config()._attn_implementation
-        if attention_mask.dim() == 3 and is_flash(attention):
+        if attention_mask is not None and attention_mask.dim() == 3 and is_flash(attention):
             raise ValueError(f"rows that pack several queries need attention that takes masks, got {attention!r}")
-        positions = image_token_positions(input_ids, self.config.image_token_id, images.lmm_features.shape[1])
-        inputs = prepare_lmm_inputs(
+        return prepare_rows(
+            self.adapter,
+            image_embeddings,
+            self.config.image_token_id,
             input_ids,
             attention_mask,
-            positions,
-            images.lmm_features[image_index.to(images.lmm_features.device)],
-            images.token_valid[image_index.to(images.token_valid.device)].to(input_ids.device),
+            image_index,
             position_ids,
         )
-        return inputs, positions
 
 
 UGroundForReferringSegmentation.register_for_auto_class("AutoModel")

@@ -14,7 +14,7 @@ class UGroundImageEmbeddings(ModelOutput):
 
     Args:
         lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space.
-        sam_embeddings (`(I, C, S/16, S/16)`): SAM's image embeddings.
+        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings; `None` without a mask head.
         token_valid (`(I, h, w)`, bool): image tokens that see image and not padding only.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
     """
@@ -28,54 +28,86 @@ class UGroundImageEmbeddings(ModelOutput):
 
 
 @dataclass
-class UGroundOutput(ModelOutput):
+class SegmentFields(ModelOutput):
     """
-    Output of a teacher-forced pass over B rows with N segment tokens, in reading order.
+    Of N segments in reading order.
 
     Args:
-        loss (scalar, *optional*): text cross-entropy, when `labels` were given.
-        logits (`(B, T, V)`): of the LMM.
-        segment_row (`(N,)`, int64): row of `input_ids` each segment stands in.
-        layer_logits (`(N, L+1)`, float32): of the layer policy.
+        segment_row (`(N,)`, int64): row each segment stands in.
+        layer_logits (`(N, L+1)`, float32): of the layer policy; `None` for a model without one.
         layer_index (`(N,)`, int64): layer each segment was read at; under `"mc"` the one drawn most often.
-        log_probs (`(N,)`, float32): log-probability of `layer_index` under the policy.
+        log_probs (`(N,)`, float32): log-probability of `layer_index` under the policy, `None` without one.
         similarity (`(N, h, w)`, float32): raw dot products with the image tokens.
         similarity_map (`(N, h, w)`, float32): the same after `config.similarity_scaling`.
+        points (`(N, K, 2)`, float32, *optional*): with the prompt `points`, x and y in pixels of the SAM frame, as
+            handed to the prompt encoder.
+        point_labels (`(N, K)`, int64, *optional*): 1 inside, 0 outside, -1 neutral, -10 where there is no such point.
         mask_logits (`(N, S/4, S/4)`, float32): in the SAM frame; a pixel is mask where the logit is above 0.
         iou_scores (`(N,)`, float32): SAM's estimate of the IoU of each mask.
         uncertainty (`(N, S/4, S/4)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
-        hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request;
-            `None` in place of layers that were not asked for.
-        attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
-        cache (`Cache`, *optional*): keys and values of the language model, on request.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     segment_row: torch.Tensor | None = None
     layer_logits: torch.Tensor | None = None
     layer_index: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     similarity: torch.Tensor | None = None
     similarity_map: torch.Tensor | None = None
+    points: torch.Tensor | None = None
+    point_labels: torch.Tensor | None = None
     mask_logits: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+
+
+@dataclass
+class TextFields(ModelOutput):
+    """
+    Of a teacher-forced pass over B rows.
+
+    Args:
+        loss (scalar, *optional*): text cross-entropy, when `labels` were given.
+        logits (`(B, T, V)`): of the LMM.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+@dataclass
+class UGroundOutput(SegmentFields, TextFields):
+    """
+    Output of a teacher-forced pass over B rows with N segments: the fields of [`TextFields`] and [`SegmentFields`].
+
+    Args:
+        layer_draws (`(k, N)`, int64, *optional*): layers drawn with `layer_uniforms`; masks are read at the first.
+        draw_log_probs (`(k, N)`, float32, *optional*): their log-probabilities under the policy.
+        other_maps (`(k - 1, N, h, w)`, float32, *optional*): similarity maps at the draws but the first, without a
+            graph.
+        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings, where the pass made them.
+        hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request;
+            `None` in place of layers that were not asked for.
+        attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
+        cache (`Cache`, *optional*): keys and values of the language model, on request.
+    """
+
+    layer_draws: torch.Tensor | None = None
+    draw_log_probs: torch.Tensor | None = None
+    other_maps: torch.Tensor | None = None
+    sam_embeddings: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cache: Cache | None = None
 
 
 @dataclass
-class UGroundSegmentation(ModelOutput):
+class AnswerFields(ModelOutput):
     """
-    Output of [`UGroundForReferringSegmentation.segment`]: what was written, and the masks of its segment tokens.
-
-    The fields that [`UGroundOutput`] also has mean the same here.
+    Of B written answers.
 
     Args:
         sequences (`(B, T)`, int64): prompts and what was written after them.
@@ -83,24 +115,24 @@ class UGroundSegmentation(ModelOutput):
         finished (`(B,)`, bool): answers that came to their end; the others were cut by a limit, such as
             `max_new_tokens`, and may lack segments.
         image_index (`(B,)`, int64): image each row asks about.
-        token_scores (`(N,)`, float32): probability with which each segment token was written.
-        valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
     """
 
     sequences: torch.Tensor | None = None
     prompt_length: int | None = None
     finished: torch.Tensor | None = None
     image_index: torch.Tensor | None = None
-    segment_row: torch.Tensor | None = None
-    layer_logits: torch.Tensor | None = None
-    layer_index: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
-    similarity: torch.Tensor | None = None
-    similarity_map: torch.Tensor | None = None
-    mask_logits: torch.Tensor | None = None
-    iou_scores: torch.Tensor | None = None
-    uncertainty: torch.Tensor | None = None
-    agreement: torch.Tensor | None = None
+
+
+@dataclass
+class UGroundSegmentation(SegmentFields, AnswerFields):
+    """
+    Output of [`UGroundForReferringSegmentation.segment`]: the fields of [`AnswerFields`] and [`SegmentFields`].
+
+    Args:
+        token_scores (`(N,)`, float32): probability with which each segment token was written.
+        valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
+    """
+
     token_scores: torch.Tensor | None = None
     valid_sizes: torch.Tensor | None = None
     sam_valid_sizes: torch.Tensor | None = None

@@ -1,6 +1,7 @@
 """The base class of our models: how weights begin, and how a checkpoint is loaded or refused."""
 
 import copy
+import re
 
 import torch
 from safetensors import SafetensorError
@@ -13,11 +14,19 @@ from .configuration_uground import UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
 from .library_compat import hush_hub_kernel
-from .prompts import SimilarityScaling
+from .lmm_families import LMM_ADAPTERS
+from .similarity import SimilarityScaling
 from .weight_kinds import dtypes_of, stored_dtypes, wrong_kinds
 
-# Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are.
-UNQUANTIZED = ("mask_decoder", "layer_policy", "segment_projection", "similarity_scaling", "lm_head")
+# What turns layer states into masks, by its attributes on the model.
+MASK_PATH = ("mask_decoder", "segment_projection", "layer_policy", "similarity_scaling")
+# Small, and what becomes of their rounding shows in every mask: quantisation leaves them as they are. Names from the
+# root of the model on.
+NEVER_QUANTIZED = tuple(
+    dict.fromkeys(
+        [*MASK_PATH, *(f"lmm.{name}" for family in LMM_ADAPTERS.values() for name in family.names.never_quantized)]
+    )
+)
 # Where transformers keeps the hooks that collect hidden states, and how a model says that it has them.
 CAPTURING_MODULE = "transformers.utils.output_capturing"
 CAPTURING_FLAG = "_output_capturing_hooks_installed"
@@ -32,8 +41,10 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # Of release 0.1.0: what training held rewards against lay among the weights.
+    _keys_to_ignore_on_load_unexpected = [r"layer_policy\.(reward_ema|reward_updates|critic\..*)"]
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
-    _no_split_modules = ["MaskDecoder"]
+    _no_split_modules = ["SamHead"]
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -45,8 +56,6 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LayerPolicy):
             init.zeros_(module.gates)
-            init.zeros_(module.reward_ema)
-            init.zeros_(module.reward_updates)
         elif isinstance(module, SimilarityScaling) and module.bias is not None:
             init.zeros_(module.bias)
 
@@ -112,8 +121,12 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         if state_dict is None:
             for file in checkpoint_files or []:
                 stored |= stored_dtypes(file, load_config.weights_only)
+        dropped = "|".join(model._keys_to_ignore_on_load_unexpected or ())
+        stored = {name: dtype for name, dtype in stored.items() if not re.search(dropped or "$^", name)}
         is_packed = load_config.hf_quantizer is not None and load_config.hf_quantizer.pre_quantized
-        misfits = wrong_kinds(model, stored, UNQUANTIZED if is_packed else None)
+        # Others may have packed the encoder of images, or left it as it was.
+        whole = (*MASK_PATH, model.adapter.names.head)
+        misfits = wrong_kinds(model, stored, whole if is_packed else None)
         _refuse_misfits(load_config.pretrained_model_name_or_path, ("of the wrong type", misfits))
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -121,16 +134,16 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
 
 
 def keep_mask_path(quantization_config):
-    """A copy of a quantisation config (object or `dict`) that leaves out what turns layer states into masks."""
+    """A copy of a quantisation config (object or `dict`) that leaves out what is never quantised."""
     chosen = copy.deepcopy(quantization_config)
     if isinstance(chosen, dict):
         is_bits = chosen.get("quant_method") == "bitsandbytes" or {"load_in_4bit", "load_in_8bit"} & chosen.keys()
         name = "llm_int8_skip_modules" if is_bits else "modules_to_not_convert"
-        chosen[name] = [*dict.fromkeys([*(chosen.get(name) or []), *UNQUANTIZED])]
+        chosen[name] = [*dict.fromkeys([*(chosen.get(name) or []), *NEVER_QUANTIZED])]
         return chosen
     for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if hasattr(chosen, name):
-            setattr(chosen, name, [*dict.fromkeys([*(getattr(chosen, name) or []), *UNQUANTIZED])])
+            setattr(chosen, name, [*dict.fromkeys([*(getattr(chosen, name) or []), *NEVER_QUANTIZED])])
             return chosen
     raise ValueError(f"quantization_config must be able to leave modules out, got a {type(chosen).__name__}")
 
@@ -155,4 +168,4 @@ def _name_some(names, at_most: int = 8) -> str:
     return ", ".join(texts[:at_most]) + more
 
 
-__all__ = ["UGroundPreTrainedModel", "keep_mask_path"]
+__all__ = ["MASK_PATH", "NEVER_QUANTIZED", "UGroundPreTrainedModel", "keep_mask_path"]

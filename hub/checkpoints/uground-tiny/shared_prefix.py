@@ -5,19 +5,16 @@ all rows share one cached block of keys and values: `[prefix][padding][rest]`.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .layer_states import ImageStates, PrefixStates
 from .library_compat import CACHE_NAME
-
-
-def features_of_rows(lmm_inputs: dict) -> list[torch.Tensor]:
-    """Image features `(n, D)` of each row, from the arguments of the LMM."""
-    return lmm_inputs["mm_encoder_outputs"]["image"].pooler_output
+from .query_rows import Rows
 
 
 @dataclass
@@ -28,44 +25,33 @@ class SharedPrefix:
     Attributes:
         keys: image and token ids of each prefix, to tell them apart.
         features (`(G, n, D)`): what the image tokens were before the first layer.
+        length: P.
         cache: keys and values `(G, …, P, …)` per layer; never written to, see [`cache_of_rows`].
-        states: L+1 tensors `(G, P, D)`.
-        image_positions (`(G, n)`): columns of the image tokens in them.
-        row_prefix (`(B,)`, int64): prefix of each row.
+        image_states: of the G prefixes; its `row_of` says which one each of the B rows begins with.
     """
 
     keys: list[tuple]
     features: torch.Tensor
+    length: int
     cache: Cache
-    states: tuple[torch.Tensor, ...]
-    image_positions: torch.Tensor
-    row_prefix: torch.Tensor
+    image_states: ImageStates
 
-    @property
-    def length(self) -> int:
-        """P."""
-        return self.states[0].shape[1]
-
-    def of_rows(self, keys: list[tuple], features: list[torch.Tensor]) -> "SharedPrefix | None":
+    def of_rows(self, rows: Rows) -> "SharedPrefix | None":
         """
         The same prefixes for rows that begin with other ones of them.
-
-        Args:
-            keys: of [`prefix_keys`].
-            features: B tensors `(n, D)`, the image features of each row.
 
         Returns:
             `None` if a row begins with something else, be it another image of the same number.
         """
         known = {key: number for number, key in enumerate(self.keys)}
-        first_row = _first_rows(keys)
+        first_row = _first_rows(rows.prefix_keys)
         if any(
-            key not in known or not torch.equal(self.features[known[key]], features[row])
+            key not in known or not torch.equal(self.features[known[key]], rows.features[row])
             for key, row in first_row.items()
         ):
             return None
-        numbers = [known[key] for key in keys]
-        return replace(self, row_prefix=torch.tensor(numbers, device=self.row_prefix.device))
+        numbers = torch.tensor([known[key] for key in rows.prefix_keys], device=self.features.device)
+        return replace(self, image_states=self.image_states.of_rows(numbers))
 
 
 def _first_rows(keys: list[tuple]) -> dict[tuple, int]:
@@ -76,78 +62,60 @@ def _first_rows(keys: list[tuple]) -> dict[tuple, int]:
     return first
 
 
-def prefix_keys(lmm_inputs: dict, image_positions: torch.Tensor, image_index: torch.Tensor) -> list[tuple] | None:
+def find_prefix(
+    lmm: nn.Module, rows: Rows, num_layers: int, known: SharedPrefix | None = None, kept: Sequence[int] | None = None
+) -> SharedPrefix | None:
     """
-    What tells the prefix of each row from others: its image, and its tokens up to the last image token.
-
-    Args:
-        lmm_inputs: of [`prepare_lmm_inputs`], rows padded on the left.
-        image_positions (`(B, n)`), image_index (`(B,)`): columns of the image tokens, and the image of each row.
-
-    Returns:
-        B keys; `None` if rows cannot share: one ends with its image, or what stands in front of the images is not
-        equally long everywhere.
-    """
-    ids = lmm_inputs["input_ids"]
-    # Padding text has position 0 like the first token, so that the last zero is where a row begins.
-    starts = (lmm_inputs["position_ids"] == 0).cumsum(-1).argmax(-1).tolist()
-    ends = (image_positions[:, -1] + 1).tolist()
-    lengths = {end - start for start, end in zip(starts, ends, strict=True)}
-    if len(lengths) != 1 or max(ends) == ids.shape[1]:
-        return None
-    rows = zip(image_index.tolist(), ids.tolist(), starts, ends, strict=True)
-    return [(image, *row[start:end]) for image, row, start, end in rows]
-
-
-def read_prefixes(lmm: nn.Module, lmm_inputs: dict, image_positions: torch.Tensor, keys: list[tuple]) -> SharedPrefix:
-    """
-    Run the LMM over each different prefix once.
+    The prefixes of all rows: what is known of them, or read now.
 
     Args:
         lmm: the trunk.
-        lmm_inputs, image_positions: of all rows, as in [`prefix_keys`].
-        keys: of [`prefix_keys`].
+        rows: padded on the left.
+        num_layers: L+1.
+        known (*optional*): read before.
+        kept: layers whose image states are kept; all by default.
+
+    Returns:
+        `None` if rows cannot share, see [`Rows.prefix_keys`].
     """
+    if rows.prefix_keys is None:
+        return None
+    prefix = None if known is None else known.of_rows(rows)
+    return prefix or _read_prefixes(lmm, rows, num_layers, kept)
+
+
+def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, kept: Sequence[int] | None) -> SharedPrefix:
+    """Run the LMM over each different prefix once."""
+    keys, adapter = rows.prefix_keys, rows.adapter
     first_row = _first_rows(keys)
-    device = lmm_inputs["input_ids"].device
-    rows = torch.tensor(list(first_row.values()), device=device)
+    device = rows.input_ids.device
+    firsts = rows.select(torch.tensor(list(first_row.values()), device=device))
     length = len(keys[0]) - 1
-    positions = image_positions.to(device)[rows]
-    starts = positions[:, -1:] + 1 - length
+    image_columns = firsts.image_columns.to(device)
+    starts = image_columns[:, -1:] + 1 - length
     columns = starts + torch.arange(length, device=device)
-    features = [features_of_rows(lmm_inputs)[row] for row in rows.tolist()]
+    inputs = firsts.lmm_inputs()
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        inputs[name] = inputs[name].gather(1, columns)
     more = {"logits_to_keep": 1} if lmm._supports_logits_to_keep() else {}
-    outputs = lmm(
-        **{
-            name: lmm_inputs[name][rows].gather(1, columns) for name in ("input_ids", "attention_mask", "position_ids")
-        },
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-        use_cache=True,
-        output_hidden_states=True,
-        **more,
-    )
+    with PrefixStates(adapter.decoder_layers(lmm), adapter.final_norm(lmm), image_columns - starts, kept) as states:
+        outputs = lmm(**inputs, use_cache=True, **more)
     numbers = {key: number for number, key in enumerate(first_row)}
+    row_of = torch.tensor([numbers[key] for key in keys], device=device)
     return SharedPrefix(
         keys=list(first_row),
-        features=torch.stack(features),
+        features=firsts.features,
+        length=length,
         cache=outputs[CACHE_NAME],
-        states=outputs.hidden_states,
-        image_positions=positions - starts,
-        row_prefix=torch.tensor([numbers[key] for key in keys], device=device),
+        image_states=states.image_states(num_layers).of_rows(row_of),
     )
 
 
-def continue_prefixes(prefix: SharedPrefix, lmm_inputs: dict, image_positions: torch.Tensor) -> dict:
-    """
-    Arguments for the LMM's `generate` that go on behind the prefixes.
-
-    Args:
-        prefix: of the rows.
-        lmm_inputs, image_positions: of the rows, as in [`prefix_keys`].
-    """
-    ids, mask, positions = (lmm_inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
+def continue_prefixes(prefix: SharedPrefix, rows: Rows) -> dict:
+    """Arguments for the LMM's `generate` that go on behind the prefixes of rows."""
+    ids, mask, positions = rows.input_ids, rows.attention_mask, rows.position_ids
     length = prefix.length
-    ends = image_positions[:, -1:].to(ids.device) + 1
+    ends = rows.image_columns[:, -1:].to(ids.device) + 1
     in_prefix = torch.arange(ids.shape[1], device=ids.device)
     padding = (in_prefix < ends)[:, length:]
     columns = ends - length + in_prefix[:length]
@@ -157,7 +125,7 @@ def continue_prefixes(prefix: SharedPrefix, lmm_inputs: dict, image_positions: t
         "input_ids": torch.cat([ids.gather(1, columns), rest], 1),
         "attention_mask": torch.cat([mask.gather(1, columns), mask[:, length:].masked_fill(padding, 0)], 1),
         "position_ids": torch.cat([positions.gather(1, columns), positions[:, length:].masked_fill(padding, 0)], 1),
-        CACHE_NAME: cache_of_rows(prefix.cache, prefix.row_prefix),
+        CACHE_NAME: cache_of_rows(prefix.cache, prefix.image_states.row_of),
     }
 
 

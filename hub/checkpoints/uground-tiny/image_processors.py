@@ -1,0 +1,173 @@
+"""What the towers see of an image: the image processor of each frame, always on PIL.
+
+- `letterbox`: the longest side fills the frame, zeros behind it; SAM's mean and standard deviation. UGround's LMM, and
+  every SAM.
+- `centre_crop`: the shortest side fills the frame, the ends of the other are cut off; CLIP's. LISA, SESAME, READ.
+- `stretch`: both sides fill the frame; CLIP's.
+"""
+
+import numpy as np
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+# Of pixels in 0..255: rescaling to 0..1 first would round differently from the official code.
+SAM_MEAN = [123.675, 116.28, 103.53]
+SAM_STD = [58.395, 57.12, 57.375]
+LETTERBOX, CENTRE_CROP, STRETCH = "letterbox", "centre_crop", "stretch"
+# By the name that a saved image processor has, without regard to the back-end.
+IMAGE_PROCESSORS = {"SamImageProcessor": SamImageProcessorPil, "CLIPImageProcessor": CLIPImageProcessorPil}
+BACKENDS = ("Pil", "Fast")
+DEFAULT_TYPE = "SamImageProcessor"
+
+
+def letterbox_image_processor(size: int) -> SamImageProcessorPil:
+    """
+    An image processor that scales the longest side to `size` pixels (bilinear, PIL), normalises with SAM's mean and
+    standard deviation, and pads with zeros at the bottom and the right to `size` x `size`.
+
+    UGround feeds its LMM and its SAM this way, at two sizes.
+    """
+    return SamImageProcessorPil(
+        size={"longest_edge": size},
+        pad_size={"height": size, "width": size},
+        do_rescale=False,
+        image_mean=SAM_MEAN,
+        image_std=SAM_STD,
+    )
+
+
+def crop_image_processor(size: int) -> CLIPImageProcessorPil:
+    """
+    CLIP's own: the shortest side scaled to `size` pixels (bicubic, PIL), the central `size` x `size` cut out, and
+    normalised with CLIP's mean and standard deviation.
+    """
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def stretch_image_processor(size: int) -> CLIPImageProcessorPil:
+    """As [`crop_image_processor`], but both sides are scaled to `size` pixels and nothing is cut off."""
+    square = {"height": size, "width": size}
+    return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
+
+
+MAKERS = {
+    LETTERBOX: letterbox_image_processor,
+    CENTRE_CROP: crop_image_processor,
+    STRETCH: stretch_image_processor,
+}
+
+
+def make_image_processor(frame: str, size: int):
+    """The image processor of a frame, `"letterbox"`, `"centre_crop"` or `"stretch"`, of `size` pixels."""
+    if frame not in MAKERS:
+        raise ValueError(f"image_frame must be one of {', '.join(MAKERS)}, got {frame!r}")
+    return MAKERS[frame](size)
+
+
+def type_of(name: str) -> str:
+    """The name of an image processor's class without its back-end."""
+    for backend in BACKENDS:
+        name = name.removesuffix(backend)
+    return name
+
+
+def on_pil(image_processor, name: str):
+    """
+    The same image processor on the PIL back-end.
+
+    Args:
+        image_processor: a `SamImageProcessor` or `CLIPImageProcessor` of any back-end.
+        name: what to call it.
+
+    Raises:
+        ValueError: it is of another kind, or its settings make no frame.
+    """
+    kind = IMAGE_PROCESSORS.get(type_of(type(image_processor).__name__))
+    if kind is None:
+        raise ValueError(
+            f"the {name} of a UGroundProcessor must be a {' or '.join(IMAGE_PROCESSORS)}, "
+            f"got {type(image_processor).__name__}"
+        )
+    found = image_processor if isinstance(image_processor, kind) else kind(**image_processor.to_dict())
+    frame_of(found, name)
+    return found
+
+
+def frame_of(image_processor, name: str = "image_processor") -> tuple[str, int]:
+    """
+    What an image processor makes of an image: the kind of frame, and its side in pixels.
+
+    Raises:
+        ValueError: its settings make no square frame.
+    """
+    if isinstance(image_processor, SamImageProcessorPil):
+        return LETTERBOX, image_processor.pad_size["height"]
+    size, crop = image_processor.size, image_processor.crop_size
+    if image_processor.do_center_crop:
+        sides = {size.get("shortest_edge"), crop.get("height"), crop.get("width")}
+        kind = CENTRE_CROP
+    else:
+        sides, kind = {size.get("height"), size.get("width")}, STRETCH
+    if len(sides) != 1 or None in sides or not image_processor.do_resize:
+        raise ValueError(
+            f"the {name} must scale the shortest side and cut a square of the same side out, or scale both sides "
+            f"alike, got size {dict(size)} and crop_size {dict(crop)}"
+        )
+    return kind, sides.pop()
+
+
+def read_frames(image_processor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Frames of pictures.
+
+    Args:
+        image_processor: of one frame.
+        pictures: I pictures of PIL.
+        options: for the image processor's call.
+
+    Returns:
+        `(I, 3, side, side)` float32 pixels, and `(I, 2)` int64 rows and columns of them that are image: all, where
+        nothing is padded.
+
+    Raises:
+        ValueError: a picture is too elongated for a letterbox.
+    """
+    kind, side = frame_of(image_processor)
+    for picture in pictures:
+        if kind == LETTERBOX and int(min(picture.size) * side / max(picture.size) + 0.5) < 1:
+            raise ValueError(
+                f"an image may not be so elongated that its short side vanishes at {side} pixels, got "
+                f"{picture.width} wide and {picture.height} high"
+            )
+    features = image_processor(pictures, **options)
+    pixels = np.stack(features["pixel_values"]).astype(np.float32, copy=False)
+    sizes = features["reshaped_input_sizes"] if kind == LETTERBOX else [(side, side)] * len(pictures)
+    return pixels, np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+def seen_box(frame: str, image_hw: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """
+    The part of an image that a frame shows: x0, y0, x1, y1 in pixels of the image; `None` for all of it.
+
+    Args:
+        frame: kind of the frame.
+        image_hw: height and width of the image.
+    """
+    height, width = image_hw
+    if frame != CENTRE_CROP or height == width:
+        return None
+    short = min(height, width)
+    left, top = (width - short) / 2, (height - short) / 2
+    return left, top, left + short, top + short
+
+
+__all__ = [
+    "crop_image_processor",
+    "frame_of",
+    "letterbox_image_processor",
+    "make_image_processor",
+    "on_pil",
+    "read_frames",
+    "seen_box",
+    "stretch_image_processor",
+]
