@@ -130,7 +130,7 @@ def test_a_config_of_other_values(changes, message, checkpoint, tmp_path):
 
 
 def test_a_float_may_be_written_as_a_whole_number(checkpoint, tmp_path):
-    changes = {"initializer_range": 0, "point_thresholds": [1, 0]}
+    changes = {"initializer_range": 0, "point_thresholds": [1, 0], "prompts": ["points"]}
     folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
     config = UGroundConfig.from_pretrained(folder)
     assert (config.initializer_range, config.point_thresholds) == (0, (1, 0))
