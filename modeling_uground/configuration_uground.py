@@ -207,6 +207,12 @@ class UGroundConfig(PreTrainedConfig):
                 f"got {given!r}"
             )
         if "points" not in self.prompts:
+            for name in ("num_points", "point_thresholds", "point_downsample"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} is of the prompt 'points', which this model has not; expected "
+                        f"it among the prompts, got {self.prompts}"
+                    )
             return
         rows, columns = self.token_grid_hw
         if rows % self.point_downsample or columns % self.point_downsample:

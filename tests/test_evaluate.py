@@ -19,6 +19,7 @@ from uground.training import evaluate as command
 from uground.training.evaluate import EvaluationArguments, calibration_table, evaluate, main, table
 from uground.training.evaluation_answers import forced_answer, group_by_image, placed_targets, predict
 from uground.training.evaluation_data import evaluation_data
+from uground.training.evaluation_prompts import with_system_prompt
 from uground.training.evaluation_store import BlockStore
 from uground.training.metric_protocols import reduce_counts
 from uground.training.metrics import count_query
@@ -270,6 +271,63 @@ def test_published_datasets_are_measured_from_their_files(checkpoint, tmp_path):
     assert results["counts"] == {"overall": 2, "fp_res": 1, "res": 1}
     assert "answers_as_written" not in results
     assert "| sesame | teacher-forced | last | overall | 2 |" in table(results)
+
+
+@pytest.fixture(scope="module")
+def read_checkpoint(tmp_path_factory):
+    """A READ without [REJ] and without a policy, under the chat template that knows system prompts."""
+    folder = tmp_path_factory.mktemp("read")
+    settings = {"image_frame": "centre_crop", "prompts": ("embedding", "points"), "num_points": 4}
+    settings |= {"layer_policy": False, "layer_selection": "last", "reject_token_id": None}
+    tiny_model(3, **settings).save_pretrained(folder)
+    tiny_processor(chat_template=None, frame="centre_crop").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "figures", "style", "system"),
+    [
+        ("refcoco", "lisa", "teacher-forced", "llava_v1"),
+        ("fprefcoco", "sesame", "generate", "vicuna_v1"),
+    ],
+)
+def test_read_is_asked_as_published(read_checkpoint, tmp_path, monkeypatch, dataset, figures, style, system):
+    """Words, answer and system prompt come with the protocol, and the table names them."""
+    file = {"refcoco": "refs(unc).p", "fprefcoco": "refs(berkeley_exclude_unified).p"}[dataset]
+    sentences = [{"sent": "Red cup", "is_false_premise": False}]
+    root = str(refer_family(tmp_path, dataset, file, [reference(1, 10, "val", *sentences)]))
+    asked, original = [], command.predict
+
+    def recorded(model, processor, examples, *rest):
+        asked.append((examples[0]["query"], examples[0]["answer"], rest[-1]))
+        return original(model, processor, examples, *rest)
+
+    monkeypatch.setattr(command, "predict", recorded)
+    told = {"dataset": dataset, "root": root, "split": "val", "protocol": ["read"], "count": None, "layers": []}
+    results = evaluate(settings(read_checkpoint, **told))
+    assert (results["protocol"], results["style"], results["layers"]) == (figures, style, ["last"])
+    label = f"| read ({figures}, system prompt {system}) | {style} | last | overall | 1 |"
+    assert label in table(results)
+    ((query, answer, prompt),) = asked
+    assert query == "What is red cup in this image? Please output segmentation mask."
+    assert answer == "Sure, the segmentation result is [SEG]."
+    who = {"llava_v1": "human", "vicuna_v1": "user"}[system]
+    assert prompt == (
+        f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the {who}'s questions."
+    )
+    whole = with_system_prompt(tiny_processor(chat_template=None), query, prompt)
+    assert whole == f"{prompt} USER: <image>\n{query} ASSISTANT:"
+
+
+def test_read_stands_alone_and_says_its_style(checkpoint):
+    for changes, message in (
+        ({"protocol": ["read", "lisa"], "dataset": "refcoco"}, "stands alone"),
+        ({"protocol": ["read"], "dataset": "refcoco", "style": "generate"}, "is teacher-forced, got --style generate"),
+        ({"protocol": ["read"]}, "protocol read is for reasonseg, refcoco, .*, got 'scenes'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(checkpoint, **changes)
 
 
 @pytest.mark.parametrize(

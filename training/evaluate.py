@@ -29,6 +29,7 @@ from uground.training.calibration import calibration
 from uground.training.data.masks import decode_mask, encode_mask
 from uground.training.evaluation_answers import STYLES, Prediction, predict
 from uground.training.evaluation_data import EvaluationData, evaluation_data
+from uground.training.evaluation_prompts import READ, Asking, read_asking
 from uground.training.evaluation_store import BlockStore, write_overlays, write_results
 from uground.training.metric_protocols import OVERALL, PROTOCOLS, REJECTING, query_iou
 from uground.training.metrics import GroundingCounts, count_query, restore_counts
@@ -54,10 +55,10 @@ class EvaluationArguments:
     root: str | None = None
     split: str = "test"
     protocol: list[str] = field(default_factory=list)
-    style: str = "generate"
+    style: str | None = None
     count: int | None = None
     seed: int = 0
-    layers: list[str | int] = field(default_factory=lambda: ["argmax"])
+    layers: list[str | int] = field(default_factory=list)
     batch_size: int = 32
     max_new_tokens: int | None = None
     dtype: str | None = None
@@ -70,12 +71,23 @@ class EvaluationArguments:
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         checked_seed(self.seed, "--seed")
+        if READ in self.protocol and len(self.protocol) > 1:
+            raise ValueError(f"--protocol {READ} asks in words of its own and stands alone, got {self.protocol}")
+        usual = "generate" if self.asking is None else self.asking.style
+        self.style = usual if self.style is None else self.style
+        if self.asking is not None and self.style != usual:
+            raise ValueError(f"--protocol {READ} of {self.dataset} is {usual}, got --style {self.style}")
         if self.style not in STYLES:
             raise ValueError(f"--style must be one of {', '.join(STYLES)}, got {self.style!r}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.overlays and not self.output:
             raise ValueError("--overlays are written to a folder: name it with --output")
+
+    @property
+    def asking(self) -> Asking | None:
+        """How the protocol asks, if it says that too."""
+        return read_asking(self.dataset) if READ in self.protocol else None
 
 
 def checked_protocols(arguments: EvaluationArguments, data: EvaluationData, processor) -> list[str]:
@@ -86,6 +98,8 @@ def checked_protocols(arguments: EvaluationArguments, data: EvaluationData, proc
         ValueError: a protocol does not exist or makes no sense for the dataset, or the model cannot say "not there".
     """
     protocols = list(dict.fromkeys(arguments.protocol)) or [data.protocols[0]]
+    if arguments.asking is not None:
+        protocols = [arguments.asking.figures]
     for protocol in protocols:
         if protocol not in data.protocols:
             known = "" if protocol in PROTOCOLS else f"there is no protocol {protocol!r}; "
@@ -101,15 +115,15 @@ def checked_protocols(arguments: EvaluationArguments, data: EvaluationData, proc
     return protocols
 
 
-def checked_layers(layers: list[str | int], num_layers: int) -> list[str | int]:
+def checked_layers(layers: list[str | int], num_layers: int, has_policy: bool = True) -> list[str | int]:
     """
-    Choices of layer, with "all" as every single one.
+    Choices of layer, with "all" as every single one; of none the likeliest of the policy, or without one the last.
 
     Raises:
         ValueError: a choice is neither a rule nor a layer of the model.
     """
     chosen = []
-    for layer in layers:
+    for layer in layers or ["argmax" if has_policy else "last"]:
         if layer == "all":
             chosen += range(num_layers)
         elif layer in RULES or (isinstance(layer, int) and 0 <= layer < num_layers):
@@ -145,7 +159,7 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     protocols = checked_protocols(arguments, data, processor)
     dtype = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
     model = load_model(arguments.model, **dtype).to(state.device)
-    layers = checked_layers(arguments.layers, model.config.num_layers)
+    layers = checked_layers(arguments.layers, model.config.num_layers, model.config.layer_policy)
     settings = _settings(arguments, data, protocols, layers)
     store = BlockStore(arguments.output, settings)
     blocks = store.finished()
@@ -185,7 +199,7 @@ def _settings(arguments: EvaluationArguments, data: EvaluationData, protocols, l
         "split": data.split,
         "content": data.content,
         "count": data.size,
-        "protocol": protocols,
+        "protocol": protocols if arguments.asking is None else arguments.protocol,
         "layers": layers,
     }
 
@@ -194,9 +208,18 @@ def _measure_block(number: int, arguments, data: EvaluationData, model, processo
     """Counts and predictions of one block, as plain values."""
     start = number * arguments.batch_size
     indices = range(start, min(start + arguments.batch_size, data.size))
-    examples = [data.example(index) for index in indices]
+    examples, asking = [data.example(index) for index in indices], arguments.asking
+    if asking is not None:
+        examples = list(map(asking.example, examples))
     predicted = predict(
-        model, processor, examples, layers, arguments.style, arguments.max_new_tokens, data.neutral_answer
+        model,
+        processor,
+        examples,
+        layers,
+        arguments.style,
+        arguments.max_new_tokens,
+        data.neutral_answer if asking is None else asking.answer,
+        None if asking is None else asking.system_prompt,
     )
     counts, rows, wrong = {}, [], 0
     for layer in layers:
@@ -268,6 +291,8 @@ def _reduce(blocks: list[dict], protocols: list[str], layers, arguments: Evaluat
         "commit": git_commit(Path(uground.__file__).parent),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+    if arguments.asking is not None:
+        results |= {"asked_as": READ, "system_prompt": arguments.asking.system}
     if arguments.style == "generate" and data.is_answer_known:
         results["answers_as_written"] = 1 - sum(block["wrong_answers"] for block in blocks) / data.size
     return results
@@ -294,6 +319,9 @@ def table(results: dict, protocol: str | None = None) -> str:
     protocol = results["protocol"] if protocol is None else protocol
     figures = results["figures"] if protocol == results["protocol"] else results["more_figures"][protocol]
     columns = COLUMNS[protocol]
+    label = protocol
+    if "asked_as" in results:
+        label = f"{results['asked_as']} ({protocol}, system prompt {results['system_prompt']})"
     lines = [
         "| protocol | style | layer | attribute | " + " | ".join(columns) + " |",
         "|---|---|---|---|" + "---|" * len(columns),
@@ -301,7 +329,7 @@ def table(results: dict, protocol: str | None = None) -> str:
     for layer, groups in figures.items():
         for name in [OVERALL, *(name for name in groups if name != OVERALL)]:
             cells = [_cell(groups[name][column]) for column in columns]
-            lines.append(f"| {protocol} | {results['style']} | {layer} | {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {label} | {results['style']} | {layer} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -337,15 +365,20 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
     parser.add_argument("--root", help="folder of the dataset's original files")
     parser.add_argument("--split", default="test", help="of a JSONL file, only a name for the results")
     parser.add_argument(
-        "--protocol", nargs="+", default=[], help=f"{', '.join(PROTOCOLS)}; by default the usual one of the dataset"
+        "--protocol",
+        nargs="+",
+        default=[],
+        help=f"{', '.join((*PROTOCOLS, READ))}; by default the usual one of the dataset",
     )
-    parser.add_argument(
-        "--style", default="generate", choices=STYLES, help="answers written, or the wanted ones forced"
-    )
+    parser.add_argument("--style", choices=STYLES, help="answers written (default), or the wanted ones forced")
     parser.add_argument("--count", type=int, help="at most so many queries; all by default, 1000 of scenes")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the scenes, and of layers drawn under mc")
     parser.add_argument(
-        "--layers", nargs="+", type=_layer, default=["argmax"], help="last, argmax, sample, mc, layer numbers or all"
+        "--layers",
+        nargs="+",
+        type=_layer,
+        default=[],
+        help="last, argmax (default with a layer policy), sample, mc, numbers or all",
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -14,6 +14,7 @@ import torch
 
 from uground.modeling_uground.generation_uground import WrittenAnswers
 from uground.training.data.masks import decode_mask
+from uground.training.evaluation_prompts import with_system_prompt
 
 STYLES = ("generate", "teacher-forced")
 
@@ -65,6 +66,7 @@ def predict(
     style: str = "generate",
     max_new_tokens: int | None = None,
     neutral_answer: str = "[SEG].",
+    system_prompt: str | None = None,
 ) -> dict[str | int, list[Prediction]]:
     """
     Answers and masks of a batch.
@@ -76,6 +78,7 @@ def predict(
         style: one of `STYLES`.
         max_new_tokens: of a written answer; by default as the model's `generation_config` says.
         neutral_answer: forced where the answer wanted has no segment.
+        system_prompt: in place of the chat template's own.
 
     Returns:
         For each choice of layer, one prediction per example, in order.
@@ -83,6 +86,8 @@ def predict(
     images, groups = group_by_image(examples)
     order = [number for group in groups for number in group]
     queries = [[examples[number]["query"] for number in group] for group in groups]
+    if system_prompt is not None:
+        queries = [[with_system_prompt(processor, query, system_prompt) for query in asked] for asked in queries]
     answers = forced = None
     if style == "teacher-forced":
         forced = [forced_answer(processor, example, neutral_answer) for example in examples]
