@@ -123,6 +123,8 @@ class UGroundConfig(PreTrainedConfig):
     """
 
     model_type = "uground"
+    # A trainer's `predict` gathers the outputs of every batch but these.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "sam_embeddings"]
     sub_configs_defaults: ClassVar[dict] = {
         "lmm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
         "sam_config": SamConfig,

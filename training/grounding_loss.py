@@ -88,11 +88,12 @@ def grounding_terms(
     for group in groups:
         segments, masks, valid = group["segments"], group["masks"], group["valid"]
         soft = gaussian_target(masks, map_target.kernel_size, map_target.sigma)
-        weight = positive_weight(soft, group["images"], map_target.pos_weight_cap, valid)
+        seen = valid & geometry.seen(group)
+        weight = positive_weight(soft, group["images"], map_target.pos_weight_cap, seen)
         maps = geometry.align_maps(outputs.similarity_map[segments], group)
         per_mask = {
-            "map_bce": map_bce_loss(maps, soft, weight, None, valid),
-            "map_dice": map_dice_loss(maps, soft, weight, None, valid),
+            "map_bce": map_bce_loss(maps, soft, weight, None, seen),
+            "map_dice": map_dice_loss(maps, soft, weight, None, seen),
         }
         if outputs.mask_logits is not None:
             logits = geometry.align_logits(outputs.mask_logits[segments], group)
@@ -106,7 +107,7 @@ def grounding_terms(
         for draw in range(1, draws):
             maps = geometry.align_maps(other_maps[draw - 1, segments], group)
             rewards[draw, segments] = policy_reward(
-                map_bce_loss(maps, soft, weight, None, valid), map_dice_loss(maps, soft, weight, None, valid)
+                map_bce_loss(maps, soft, weight, None, seen), map_dice_loss(maps, soft, weight, None, seen)
             )
     return GroundingTerms(terms, rewards[0], rewards[1:])
 
@@ -163,20 +164,25 @@ class Geometry:
         """Similarity maps `(n, h, w)` of a group's segments in the pixels of its targets, `(n, H, W)`."""
         return self._align(maps, group, self.lmm_frame)
 
+    def seen(self, group: dict) -> torch.Tensor:
+        """Pixels of a group's targets that the LMM's frame shows, `(n, H, W)` bool; of the others no map tells."""
+        rows, columns = self._matrices((1, 1), group, self.lmm_frame)
+        return ((rows @ columns.mT) > 0.5).expand(group["masks"].shape).to(group["masks"].device)
+
     def _align(self, values: torch.Tensor, group: dict, frame: ImageFrame) -> torch.Tensor:
+        matrices = self._matrices(tuple(values.shape[1:]), group, frame)
+        return apply_matrices(values, *(matrix.to(values.device) for matrix in matrices))
+
+    def _matrices(self, grid_hw: tuple[int, int], group: dict, frame: ImageFrame) -> list[torch.Tensor]:
         """From a grid over a frame to image pixels, or to the letterbox that all targets of the group lie in."""
-        target_hw, grid_hw = tuple(group["masks"].shape[1:]), tuple(values.shape[1:])
+        target_hw = tuple(group["masks"].shape[1:])
         if not group["in_frame"]:
             # The images of a group are of one size.
-            matrices = grid_to_image(grid_hw, frame, target_hw)
-        elif frame.kind == "letterbox":
+            return list(grid_to_image(grid_hw, frame, target_hw))
+        if frame.kind == "letterbox":
             # One letterbox lies over another as a whole, padding on padding.
-            matrices = [
-                resize_rows(torch.eye(cells), length) for cells, length in zip(grid_hw, target_hw, strict=True)
-            ]
-        else:
-            target = ImageFrame("letterbox", target_hw[0])
-            sizes = [self.image_sizes[image] for image in group["images"].tolist()]
-            pairs = [grid_to_grid(grid_hw, frame, image_hw, target) for image_hw in sizes]
-            matrices = [torch.stack(axis) for axis in zip(*pairs, strict=True)]
-        return apply_matrices(values, *(matrix.to(values.device) for matrix in matrices))
+            return [resize_rows(torch.eye(cells), side) for cells, side in zip(grid_hw, target_hw, strict=True)]
+        target = ImageFrame("letterbox", target_hw[0])
+        sizes = [self.image_sizes[image] for image in group["images"].tolist()]
+        pairs = [grid_to_grid(grid_hw, frame, image_hw, target) for image_hw in sizes]
+        return [torch.stack(axis) for axis in zip(*pairs, strict=True)]
