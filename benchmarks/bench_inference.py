@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, SamConfig
 
 from uground import UGroundConfig, UGroundForReferringSegmentation
-from uground.modeling_uground.lmm_access import gather_layer_states, image_similarity
+from uground.modeling_uground.layer_states import ImageStates, states_at
+from uground.modeling_uground.similarity import image_similarity
 from uground.processing.job_processes import job_state
 
 # LMM width, feed-forward width, layers, heads; CLIP width, feed-forward width, layers, heads, image; SAM width,
@@ -104,7 +105,7 @@ class Case:
     def inputs(self, images: int, rows: int, start: int = 0) -> dict:
         """`rows` queries, shared out over `images` images; those of `start` = 1 are others than those of 0."""
         config = self.model.config
-        side, frame = config.lmm_config.vision_config.image_size, config.frame_size
+        side, frame = config.adapter.frame.side, config.head_frame.side
         grid_rows, grid_columns = config.token_grid_hw
         generator = torch.Generator().manual_seed(start)
         shapes = [((1, 1), (3, 4), (1, 2))[(start + image) % 3] for image in range(images)]
@@ -145,7 +146,7 @@ class Case:
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         model.lmm.generate(**text, pixel_values=pixels, **self.writing())
         embeddings = sam.vision_encoder(inputs["sam_pixel_values"].to(model.dtype))[0]
-        side = model.mask_decoder.low_resolution
+        side = model.mask_decoder.side
         channels = model.config.sam_config.prompt_encoder_config.hidden_size
         _, dense = sam.prompt_encoder(None, None, None, embeddings.new_zeros(1, 1, side, side))
         masks, _ = sam.mask_decoder(
@@ -259,9 +260,9 @@ def states(case: Case, rounds: int) -> dict:
     hidden = tuple(torch.randn(1, tokens, width) for _ in range(config.num_layers))
 
     def ours():
-        read = gather_layer_states(hidden, rows, columns)
+        read = states_at(hidden, rows, columns[:, None])[:, 0]
         chosen = read[torch.arange(count), layers]
-        return read, image_similarity(chosen, hidden, rows, layers, positions)
+        return read, image_similarity(chosen, ImageStates(hidden, positions), rows, layers)
 
     def stacked():
         every = torch.stack(hidden, 1)

@@ -108,10 +108,10 @@ def build_inputs(segments: int) -> dict[str, torch.Tensor]:
     }
 
 
-def stacked_similarity(segment_states, hidden_states, rows, layer_index, image_positions) -> torch.Tensor:
+def stacked_similarity(segment_states, image_states, rows, layer_index) -> torch.Tensor:
     """What `image_similarity` gives, by way of all layers for each segment."""
-    every = torch.stack(hidden_states, 1)
-    tokens = torch.stack([every[row, :, image_positions[row]] for row in rows.tolist()])
+    every = torch.stack(image_states.layers, 1)
+    tokens = torch.stack([every[row, :, image_states.columns[row]] for row in rows.tolist()])
     chosen = tokens[torch.arange(len(rows)), layer_index]
     return torch.einsum("nd,ntd->nt", segment_states.float(), chosen.float())
 

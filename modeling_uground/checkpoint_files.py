@@ -25,6 +25,7 @@ LFS_POINTER = b"version https://git-lfs"
 LONGEST_REASON = 240
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PARTS = ("lmm_config", "sam_config")
+OPTIONAL_PARTS = ("sam_config",)
 DTYPE_KEYS = ("dtype", "torch_dtype")
 # Of a generation configuration: counts of at least 1, and ids of tokens, one or several.
 COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
@@ -89,7 +90,7 @@ ADDED_FIELDS = {"auto_map": dict | None, "architectures": list | None}
 
 def check_config_fields(content: dict, hints: dict[str, object]) -> None:
     """
-    Look at the content of a `config.json`: both parts of the model are described, and fields are of their types.
+    Look at the content of a `config.json`: the parts of the model are described, and fields are of their types.
 
     Args:
         content: of the file.
@@ -114,7 +115,9 @@ def check_config_fields(content: dict, hints: dict[str, object]) -> None:
 def _check_part(content: dict, part: str) -> None:
     """Without its description, a part would be built at the size that its class takes for usual, of billions."""
     described = content.get(part)
-    if isinstance(described, PreTrainedConfig):
+    # Said outright that there is none: a model without SAM. A file that says nothing of it lacks something.
+    is_left_out = part in OPTIONAL_PARTS and part in content and described is None
+    if is_left_out or isinstance(described, PreTrainedConfig):
         return
     if not isinstance(described, dict) or not described:
         raise ValueError(f"{CONFIG_NAME} must describe the model in {' and '.join(PARTS)}, got {part} {described!r}")

@@ -136,7 +136,7 @@ class UGroundConfig(PreTrainedConfig):
     mask_head: str | None = None
     prompts: list[str] | tuple[str, ...] | None = None
     num_points: int = 30
-    point_thresholds: list[float] | tuple[float, float] = (0.8, 0.2)
+    point_thresholds: list[float | int] | tuple[float | int, float | int] = (0.8, 0.2)
     point_downsample: int = 2
     layer_policy: bool = True
     layer_selection: str | int = "argmax"
@@ -161,14 +161,17 @@ class UGroundConfig(PreTrainedConfig):
             self.mask_head = "sam"
         if self.prompts is None:
             self.prompts = DEFAULT_PROMPTS if self.mask_head else ()
-        self.prompts, self.point_thresholds = tuple(self.prompts), tuple(self.point_thresholds)
+        for name in ("prompts", "point_thresholds"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, tuple(value))
         if self.custom_pipelines is None:
             self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         self._check_settings()
 
     def _check_settings(self):
-        if any(prompt not in PROMPTS for prompt in self.prompts):
-            raise ValueError(f"prompts must be of {tuple(PROMPTS)}, got {self.prompts}")
+        given = self.prompts
+        if not isinstance(given, tuple) or any(prompt not in PROMPTS for prompt in given) or len({*given}) < len(given):
+            raise ValueError(f"prompts must be of {tuple(PROMPTS)}, each at most once, got {given!r}")
         for name, value, allowed in (
             ("similarity_scaling", self.similarity_scaling, SIMILARITY_SCALINGS),
             ("embedding_layer", self.embedding_layer, EMBEDDING_LAYERS),
@@ -179,29 +182,29 @@ class UGroundConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if (self.mask_head is None) != (self.sam_config is None):
             raise ValueError(f"mask_head 'sam' and a sam_config go together, got mask_head {self.mask_head!r}")
-        if bool(self.prompts) != bool(self.mask_head):
-            raise ValueError(f"a mask head needs prompts, and prompts a mask head, got {self.prompts}")
+        if self.mask_head and not self.prompts:
+            raise ValueError(f"a mask head needs prompts of {tuple(PROMPTS)}, got ()")
+        if self.prompts and not self.mask_head:
+            raise ValueError(f"prompts are for a mask head, which needs a sam_config, got {self.prompts} without one")
+        if not isinstance(self.layer_policy, bool):
+            raise ValueError(f"layer_policy must be True or False, got {self.layer_policy!r}")
         for name in ("num_layer_samples", "num_segment_tokens", "num_points", "point_downsample"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
-        check_layer_selection(self.layer_selection, self.num_layers)
-        if not self.layer_policy and self.layer_selection in POLICY_RULES:
-            raise ValueError(
-                f"layer_selection {self.layer_selection!r} needs a layer policy, which this model has not; expected "
-                "'last' or a layer number"
-            )
+        check_layer_selection(self.layer_selection, self.num_layers, self.layer_policy)
         if self.mask_head:
             MASK_HEADS[self.mask_head].frame_of(self.sam_config)
         self._check_points()
         self.check_token_ids()
 
     def _check_points(self) -> None:
-        high, low = self.point_thresholds if len(self.point_thresholds) == 2 else (None, None)
-        if high is None or not 0.0 <= low < high <= 1.0:
+        given = self.point_thresholds
+        is_pair = isinstance(given, tuple) and len(given) == 2 and {*map(type, given)} <= {int, float}
+        if not is_pair or not 0.0 <= given[1] < given[0] <= 1.0:
             raise ValueError(
                 "point_thresholds must be two numbers in 0..1, that of positive points above that of negative ones, "
-                f"got {self.point_thresholds}"
+                f"got {given!r}"
             )
         if "points" not in self.prompts:
             for name in ("num_points", "point_thresholds", "point_downsample"):
@@ -364,8 +367,13 @@ def refuse_misspelt(names: Iterable[str]) -> None:
             raise ValueError(f"unknown config key {name}, expected {near}")
 
 
-def check_layer_selection(layer_selection: str | int, num_layers: int) -> None:
-    """Raise a `ValueError` unless `layer_selection` is a known rule or a layer number in 0..num_layers-1."""
+def check_layer_selection(layer_selection: str | int, num_layers: int, has_policy: bool = True) -> None:
+    """Raise a `ValueError` unless `layer_selection` is a rule that can be followed or a layer in 0..num_layers-1."""
+    if not has_policy and layer_selection in POLICY_RULES:
+        raise ValueError(
+            f"layer_selection {layer_selection!r} needs a layer policy, which this model has not; expected 'last' or "
+            "a layer number"
+        )
     if isinstance(layer_selection, str):
         if layer_selection not in LAYER_SELECTIONS:
             raise ValueError(

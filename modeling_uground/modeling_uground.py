@@ -390,7 +390,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
     def _resolve_selection(self, layer_selection, num_layer_samples) -> tuple[str | int, int]:
         """How layers are chosen, and how many are drawn under `"mc"`: what the call says, or else the config."""
         selection = self.config.layer_selection if layer_selection is None else layer_selection
-        check_layer_selection(selection, self.config.num_layers)
+        check_layer_selection(selection, self.config.num_layers, self.config.layer_policy)
         samples = self.config.num_layer_samples if num_layer_samples is None else num_layer_samples
         if samples < 1:
             raise ValueError(f"num_layer_samples must be at least 1, got {samples}")

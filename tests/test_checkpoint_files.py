@@ -100,7 +100,10 @@ def test_a_broken_json_file(name, way, checkpoint, tmp_path):
         ({"lmm_config.dtype": 5}, "lmm_config.dtype must be a dtype of PyTorch, such as float32, got 5"),
         ({"lmm_config": ...}, "must describe the model in lmm_config and sam_config, got lmm_config None"),
         ({"lmm_config": {}}, "got lmm_config {}"),
+        ({"sam_config": ...}, "must describe the model in lmm_config and sam_config, got sam_config None"),
         ({"sam_config": "sam"}, "got sam_config 'sam'"),
+        ({"sam_config": {}}, "got sam_config {}"),
+        ({"sam_config": None}, "mask_head 'sam' and a sam_config go together, got mask_head 'sam'"),
         ({"lmm_config.model_type": "nonesuch"}, "model_type that transformers knows, got 'nonesuch'"),
         ({"lmm_config.text_config": ...}, "lmm_config must describe its text_config, got None"),
         ({"lmm_config.vision_config": {}}, "lmm_config must describe its vision_config, got {}"),
@@ -108,7 +111,11 @@ def test_a_broken_json_file(name, way, checkpoint, tmp_path):
         ({"lmm_config.text_config.num_attention_heads": 0}, "modulo by zero"),
         ({"num_layer_samples": "8"}, "num_layer_samples must be of type int, got '8'"),
         ({"segment_token_id": 3.5}, "segment_token_id must be of type int | None, got 3.5"),
-        ({"prompts": None}, "prompts must be of type"),
+        ({"prompts": 5}, "prompts must be of type"),
+        ({"prompts": "mask"}, "prompts must be of type"),
+        ({"point_thresholds": "high"}, "point_thresholds must be of type"),
+        ({"num_points": "8"}, "num_points must be of type int, got '8'"),
+        ({"layer_policy": "no"}, "layer_policy must be of type bool, got 'no'"),
         ({"layer_selection": 1.5}, "layer_selection must be of type str | int, got 1.5"),
         ({"initializer_range": "x"}, "initializer_range must be of type float, got 'x'"),
         ({"id2label": 5}, "cannot be used"),
@@ -123,8 +130,10 @@ def test_a_config_of_other_values(changes, message, checkpoint, tmp_path):
 
 
 def test_a_float_may_be_written_as_a_whole_number(checkpoint, tmp_path):
-    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, {"policy_ema_decay": 0}))
-    assert UGroundConfig.from_pretrained(folder).policy_ema_decay == 0
+    changes = {"initializer_range": 0, "point_thresholds": [1, 0]}
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, changes))
+    config = UGroundConfig.from_pretrained(folder)
+    assert (config.initializer_range, config.point_thresholds) == (0, (1, 0))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def test_a_round_trip_is_exact(settings, tmp_path):
     assert_identical(loaded.state_dict(), model.state_dict())
     assert_identical(outputs_of(loaded), outputs_of(model))
     assert not loaded.training
-    assert loaded.config.to_dict() == model.config.to_dict()
+    for name in set(UGroundConfig.__annotations__) - {"lmm_config", "sam_config", "sub_configs_defaults"}:
+        assert getattr(loaded.config, name) == getattr(model.config, name), name
+    assert (loaded.config.sam_config is None) == (model.config.sam_config is None)
     assert {name.split(".")[0] for name in loaded.state_dict()} == {
         "lmm",
         *(["layer_policy"] if loaded.config.layer_policy else []),
@@ -439,9 +441,11 @@ def test_sub_configs_may_be_dictionaries():
 WRONG_SETTINGS = {
     "prompts": (
         ("mask", "points", "box"),
-        r"prompts must be of \('embedding', 'mask', 'points'\), got \('mask', 'points', 'box'\)",
+        r"prompts must be of \('embedding', 'mask', 'points'\), .* got \('mask', 'points', 'box'\)",
     ),
-    "no prompts": ((), r"a mask head needs prompts, and prompts a mask head, got \(\)"),
+    "prompts text": ("mask", "prompts must be of .*, got 'mask'"),
+    "prompts twice": (("mask", "mask"), r"prompts must be of .*, each at most once, got \('mask', 'mask'\)"),
+    "no prompts": ((), r"a mask head needs prompts of \('embedding', 'mask', 'points'\), got \(\)"),
     "layer_selection": ("best", "layer_selection must be one of .* or a layer number, got 'best'"),
     "layer_selection float": (1.5, "layer_selection must be one of .* or a layer number, got 1.5"),
     "layer_selection bool": (True, "layer_selection must be one of .* or a layer number, got True"),
@@ -464,7 +468,10 @@ WRONG_SETTINGS = {
     "point_thresholds one": ((0.5,), r"point_thresholds must be two numbers in 0..1.*, got \(0.5,\)"),
     "image_frame": ("tiles", r"image_frame must be one of \('letterbox', 'centre_crop', 'stretch'\), got 'tiles'"),
     "mask_head": ("queries", r"mask_head must be one of \(None, 'sam'\), got 'queries'"),
-    "sam_config": (None, "a mask head needs prompts, and prompts a mask head, got .*"),
+    "point_thresholds number": (0.5, "point_thresholds must be two numbers in 0..1.*, got 0.5"),
+    "point_thresholds text": (("a", "b"), r"point_thresholds must be two numbers in 0..1.*, got \('a', 'b'\)"),
+    "sam_config": (None, r"prompts are for a mask head, which needs a sam_config, got \('mask',\) without one"),
+    "layer_policy text": ("no", "layer_policy must be True or False, got 'no'"),
     "layer_policy": (
         False,
         "layer_selection 'argmax' needs a layer policy, which this model has not; expected 'last' or a layer number$",
