@@ -31,6 +31,7 @@ LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
 POLICY_RULES = ("sample", "argmax", "mc")
 EMBEDDING_LAYERS = ("selected", "last")
 MASK_HEADS = {"sam": SamHead}
+POINT_SETTINGS = ("num_points", "point_thresholds", "point_downsample")
 DEFAULT_PROMPTS = ("embedding", "mask")
 # Of the published systems that are settings of the same parts; DESIGN of each in its paper. The LMM and the SAM are
 # those that the caller names.
@@ -213,12 +214,6 @@ class UGroundConfig(PreTrainedConfig):
                 f"got {given!r}"
             )
         if "points" not in self.prompts:
-            for name in ("num_points", "point_thresholds", "point_downsample"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} is of the prompt 'points', which this model has not; expected "
-                        f"it among the prompts, got {self.prompts}"
-                    )
             return
         rows, columns = self.token_grid_hw
         if rows % self.point_downsample or columns % self.point_downsample:
@@ -345,7 +340,11 @@ class UGroundConfig(PreTrainedConfig):
         """
         if system not in SYSTEMS:
             raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
-        return cls(**{**SYSTEMS[system], **settings})
+        chosen = {**SYSTEMS[system], **settings}
+        given = [name for name in POINT_SETTINGS if name in settings]
+        if given and "points" not in (chosen["prompts"] or ()):
+            raise ValueError(f"{', '.join(given)} need the prompt 'points', but {system} has {chosen['prompts']}")
+        return cls(**chosen)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""

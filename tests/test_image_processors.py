@@ -205,9 +205,14 @@ def test_a_session_with_a_crop(pipe):
         ({"num_points": 0}, "num_points must be at least 1, got 0"),
         ({"point_downsample": 3}, "point_downsample must divide the 4 x 4 token grid, got 3"),
         ({"image_frame": "tiles"}, "image_frame must be one of"),
-        ({"prompts": ("embedding",)}, "num_points 6 is of the prompt 'points', which this model has not"),
     ],
 )
 def test_settings_that_no_model_has(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(**{**READ, **settings})
+
+
+@pytest.mark.parametrize("system", ["lisa", "sesame", "uground"])
+def test_points_of_a_system_without_points(system):
+    with pytest.raises(ValueError, match=f"num_points need the prompt 'points', but {system} has"):
+        UGroundConfig.for_system(system, lmm_config=None, num_points=5)
