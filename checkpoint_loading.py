@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+import transformers
+
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import adapter_base, check_model_files, reason_of
 from uground.processing import UGroundProcessor
@@ -100,9 +102,9 @@ def load_model(path: str | os.PathLike, **settings) -> UGroundForReferringSegmen
         OSError, ValueError: weights are missing or damaged, or do not fit.
     """
     if not is_adapter(path):
-        return UGroundForReferringSegmentation.from_pretrained(path, **settings).eval()
+        return _load_weights(path, **settings).eval()
     check_model_files(Path(path), None, UGroundConfig)
-    model = UGroundForReferringSegmentation.from_pretrained(base_of(path), **settings)
+    model = _load_weights(base_of(path), **settings)
     try:
         model.load_adapter(path)
     except (MemoryError, OSError):
@@ -110,6 +112,16 @@ def load_model(path: str | os.PathLike, **settings) -> UGroundForReferringSegmen
     except Exception as error:  # peft and torch raise whatever shapes, names and settings lead them to
         raise ValueError(f"the adapter in {path} does not fit its base ({reason_of(error)})") from error
     return model.eval()
+
+
+def _load_weights(path: str | os.PathLike, **settings) -> UGroundForReferringSegmentation:
+    """The model, without the table that transformers logs of tensors that do not fit: the error names them."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return UGroundForReferringSegmentation.from_pretrained(path, **settings)
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> None:

@@ -101,6 +101,8 @@ def read_queries(path: str, ids: Sequence[str]) -> list[list[str]]:
         OSError: the file cannot be read.
         ValueError: it is no UTF-8, holds no queries, a line is none, or it names an image that is not there.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--queries {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}")
     lines = read_lines(path)
     if Path(path).suffix.lower() != ".jsonl":
         queries = [line.strip() for line in lines if line.strip()]
@@ -128,8 +130,11 @@ def _read_line(line: str, place: str) -> tuple[str, list[str]]:
     image = entry.get("image") if isinstance(entry, dict) else None
     queries = entry.get("queries", [entry.get("query")]) if isinstance(entry, dict) else None
     is_listed = isinstance(queries, list) and all(isinstance(query, str) and query.strip() for query in queries)
-    if not is_listed or not isinstance(image, (str, int)) or isinstance(image, bool):
-        raise ValueError(f'{place}: the line must hold "image" and "query" or "queries", got {line.strip()[:100]}')
+    is_both = isinstance(entry, dict) and {"query", "queries"} <= set(entry)
+    if is_both or not is_listed or not isinstance(image, (str, int)) or isinstance(image, bool):
+        raise ValueError(
+            f'{place}: the line must hold "image" and either "query" or "queries", got {line.strip()[:100]}'
+        )
     return str(image), queries
 
 

@@ -324,14 +324,19 @@ BAD = {
     ),
     "input": ([], {"input": "nowhere"}, "does not exist"),
     "no images": ([], {"input": "empty"}, "holds no images"),
-    "queries": ([], {"queries": "nothing.txt"}, "nothing.txt"),
     "no queries": ([], {"queries": "blank.txt"}, "holds no queries"),
     "no json": ([], {"queries": "bad.jsonl"}, "bad.jsonl:1: the line must be JSON"),
     "deep json": ([], {"queries": "deep.jsonl"}, "deep.jsonl:1: the line must be JSON, but"),
     "two bytes": ([], {"queries": "wide.txt"}, "wide.txt:1: the file looks like UTF-16"),
     "latin": ([], {"queries": "latin.txt"}, "latin.txt:2: the line is not UTF-8, got the byte 0xe9"),
-    "a folder": ([], {"queries": "images"}, "images"),
-    "no query": ([], {"queries": "none.jsonl"}, 'none.jsonl:2: the line must hold "image" and "query" or "queries"'),
+    "a folder": ([], {"queries": "images"}, "--queries .*images is a folder"),
+    "no query": ([], {"queries": "none.jsonl"}, 'none.jsonl:2: the line must hold "image" and either "query" or'),
+    "both": (
+        [],
+        {"queries": "both.jsonl"},
+        'both.jsonl:1: the line must hold "image" and either "query" or "queries"',
+    ),
+    "no file": ([], {"queries": "nothing.txt"}, "--queries .*nothing.txt does not exist"),
     "stranger": (
         [],
         {"queries": "stranger.jsonl"},
@@ -346,6 +351,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, pipe, more, names, s
     (folder / "blank.txt").write_text(" \n")
     (folder / "bad.jsonl").write_text("{")
     (folder / "none.jsonl").write_text('{"image": "1.jpg", "query": "a"}\n{"image": "1.jpg", "query": " "}')
+    (folder / "both.jsonl").write_text('{"image": "1.jpg", "query": "a", "queries": ["b"]}')
     (folder / "stranger.jsonl").write_text('{"image": "9.png", "query": "a"}')
     (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "wide.txt").write_text("the cup", encoding="utf-16")

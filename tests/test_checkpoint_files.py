@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tiny_processor import gradient_image, tiny_processor
 from uground.checkpoint_loading import load_model, load_processor
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor
+from uground.training import check_data
 
 command = importlib.import_module("uground.__main__")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
@@ -95,9 +97,13 @@ def test_a_broken_json_file(name, way, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float99"}, "dtype must be a dtype of PyTorch, such as float32, got 'float99'"),
-        ({"dtype": "nn"}, "dtype must be a dtype of PyTorch, such as float32, got 'nn'"),
-        ({"lmm_config.dtype": 5}, "lmm_config.dtype must be a dtype of PyTorch, such as float32, got 5"),
+        ({"dtype": "float99"}, "dtype must be a dtype of PyTorch to compute in, such as float32, got 'float99'"),
+        ({"dtype": "nn"}, "dtype must be a dtype of PyTorch to compute in, such as float32, got 'nn'"),
+        ({"lmm_config.dtype": 5}, "lmm_config.dtype must be a dtype of PyTorch to compute in, such as float32, got 5"),
+        ({"dtype": "int32"}, "such as float32, got 'int32'"),
+        ({"dtype": "float8_e4m3fn"}, "such as float32, got 'float8_e4m3fn'"),
+        ({"dtype": "torch.float32"}, "such as float32, got 'torch.float32'"),
+        ({"lmm_config.text_config.dtype": "bool"}, "lmm_config.text_config.dtype must be a dtype of PyTorch"),
         ({"lmm_config": ...}, "must describe the model in lmm_config and sam_config, got lmm_config None"),
         ({"lmm_config": {}}, "got lmm_config {}"),
         ({"sam_config": ...}, "must describe the model in lmm_config and sam_config, got sam_config None"),
@@ -183,6 +189,8 @@ def test_an_index_that_is_none(content, message, checkpoint, tmp_path):
     ("changes", "message"),
     [
         ({"eos_token_id": "</s>"}, "eos_token_id must be the id of a token, or a list of them, got '</s>'"),
+        ({"eos_token_id": 10**6}, "eos_token_id must lie in the vocabulary of 40 tokens, got 1000000"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id must lie in the vocabulary of 40 tokens, got -1"),
         ({"suppress_tokens": [1, None]}, "suppress_tokens must be the id of a token"),
         ({"max_new_tokens": "many"}, "max_new_tokens must be a whole number of at least 1, got 'many'"),
         ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0"),
@@ -192,6 +200,12 @@ def test_an_index_that_is_none(content, message, checkpoint, tmp_path):
 def test_generation_settings_of_other_values(changes, message, checkpoint, tmp_path):
     folder = spoilt(checkpoint, tmp_path, GENERATION, edited(checkpoint, GENERATION, changes))
     assert message in refusal(UGroundForReferringSegmentation.from_pretrained, folder, GENERATION)
+
+
+def test_a_tokenizer_that_is_missing(checkpoint, tmp_path):
+    folder = spoilt(checkpoint, tmp_path, TOKENIZER, b"")
+    (folder / TOKENIZER).unlink()
+    assert f"{folder} holds no {TOKENIZER}" in refusal(UGroundProcessor.from_pretrained, folder, TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +304,23 @@ def test_a_command_says_it_in_one_line(checkpoint, tmp_path, capsys):
     reason = "it is a pointer of Git LFS, fetch the file itself with `git lfs pull`"
     printed = capsys.readouterr().err
     assert printed == f"uground: error: the weights in {folder} cannot be read: {WEIGHTS}: {reason}\n"
+
+
+def test_checking_data_for_a_model_refuses_it_as_training_does(checkpoint, tmp_path, capsys):
+    folder = spoilt(checkpoint, tmp_path, CONFIG, edited(checkpoint, CONFIG, {"segment_token_id": 5}))
+    assert check_data.main([str(tmp_path / "mine.jsonl"), "--model", str(folder)]) == 2
+    assert "for segment_token_id the config says 5, the tokenizer 38" in capsys.readouterr().err
+
+
+def test_tensors_that_do_not_fit_are_told_once(checkpoint, tmp_path, caplog, monkeypatch):
+    weights = load_file(checkpoint / WEIGHTS)
+    del weights["layer_policy.gates"]
+    folder = spoilt(checkpoint, tmp_path, WEIGHTS, b"")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(ValueError, match="tensors missing: layer_policy.gates"):
+        load_model(folder)
+    assert not caplog.records
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from uground.modeling_uground.image_rows import resolve_image_index
+
 SIZES = [(20, 40), (48, 24), (32, 32), (40, 30)]
 QUERIES = ["the red cup", "the blue tree", "what can swim", "a red boat"]
 ANSWERS = ["it is [SEG] .", "a is [SEG] .", "it is [REJ] .", "is [SEG] and a"]
@@ -149,3 +151,10 @@ def test_images_that_were_encoded_before_may_be_asked_one_by_one(several, model)
     text = {name: three[name][1:] for name in ("input_ids", "attention_mask", "image_index")}
     output = model.segment(**text, image_embeddings=embeddings, max_new_tokens=1)
     assert output.image_index.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_images_are_named_by_whole_numbers(dtype):
+    with pytest.raises(ValueError, match="image_index must name one of 2 images for each of 2 rows, got"):
+        resolve_image_index(torch.tensor([0, 1]).to(dtype), 2, 2)
+    assert resolve_image_index(torch.tensor([1, 0], dtype=torch.int32), 2, 2).tolist() == [1, 0]

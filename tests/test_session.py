@@ -268,3 +268,14 @@ def test_bad_arguments_are_refused(model, processor):
             session(" ")
         with pytest.raises(ValueError, match="layer_selection must be one of"):
             session("fish", layer_selection="best")
+
+
+def test_an_answer_that_was_cut_says_so(model, processor):
+    def short():
+        return {**write(processor, ANSWER), "max_new_tokens": 2}
+
+    with model.image_session(gradient_image(30, 50), processor) as session:
+        whole, cut = session("fish", **write(processor, ANSWER)), session("fish", **short())
+        assert (whole["finished"], cut["finished"]) == (True, False)
+        assert len(cut["masks"]) < len(whole["masks"])
+        assert [found["finished"] for found in session(QUERIES, **short())] == [False] * len(QUERIES)

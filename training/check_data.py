@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from uground import UGroundProcessor, tiny_checkpoint
+from uground.checkpoint_loading import load_processor
 from uground.command_line import run_command
 from uground.processing.drawing import draw_overlay
 from uground.training.collator import GroundingCollator
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    processor = UGroundProcessor.from_pretrained(options.model or tiny_checkpoint())
+    processor = load_processor(options.model or tiny_checkpoint())
     report = check_data(options.file, options.count, False, processor, options.max_length)
     if options.sheet and report.shown:
         contact_sheet(report.shown).save(options.sheet)
