@@ -136,13 +136,16 @@ def _check_dtypes(content: dict, place: str) -> None:
             _check_dtypes(value, f"{place}{name}.")
         elif name in DTYPE_KEYS and value is not None and not _is_dtype(value):
             raise ValueError(
-                f"{CONFIG_NAME}: {place}{name} must be a dtype of PyTorch, such as float32, got {value!r}"
+                f"{CONFIG_NAME}: {place}{name} must be a dtype of PyTorch to compute in, such as float32, got "
+                f"{value!r}"
             )
 
 
 def _is_dtype(value) -> bool:
-    name = value.removeprefix("torch.") if isinstance(value, str) else None
-    return isinstance(value if name is None else getattr(torch, name, None), torch.dtype)
+    """Whether this is, or names as transformers reads it, a dtype that models are made in."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    # Of one byte are those of packed weights.
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def own_hints(config_class: type) -> dict[str, object]:
@@ -208,6 +211,8 @@ def check_model_files(folder: Path, config, config_class: type) -> None:
     if config is None or not (folder / CONFIG_NAME).is_file():
         return
     config = config if isinstance(config, PreTrainedConfig) else config_class.from_pretrained(config)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        _check_ends(folder / GENERATION_CONFIG_NAME, config.get_text_config().vocab_size)
     files = weight_files(folder)
     counts = [_count_tensors(file) for file in files]
     if files and all(file.suffix == ".safetensors" for file in files):
@@ -263,6 +268,15 @@ def check_generation_config(path: Path) -> None:
         GenerationConfig.from_dict(content).validate()
     except Exception as error:  # a wrong type leads anywhere
         raise ValueError(f"{path} cannot be used ({reason_of(error)})") from error
+
+
+def _check_ends(path: Path, vocabulary: int) -> None:
+    """Refuse ends of an answer that no model of this vocabulary writes: its answers would run on, and find more."""
+    ends = read_json_object(path).get("eos_token_id")
+    outside = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    outside = [end for end in outside if not 0 <= end < vocabulary]
+    if outside:
+        raise ValueError(f"{path}: eos_token_id must lie in the vocabulary of {vocabulary} tokens, got {outside[0]}")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -31,6 +31,7 @@ LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
 POLICY_RULES = ("sample", "argmax", "mc")
 EMBEDDING_LAYERS = ("selected", "last")
 MASK_HEADS = {"sam": SamHead}
+POINT_SETTINGS = ("num_points", "point_thresholds", "point_downsample")
 DEFAULT_PROMPTS = ("embedding", "mask")
 # Of the published systems that are settings of the same parts; DESIGN of each in its paper. The LMM and the SAM are
 # those that the caller names.
@@ -123,6 +124,8 @@ class UGroundConfig(PreTrainedConfig):
     """
 
     model_type = "uground"
+    # A trainer's `predict` gathers the outputs of every batch but these.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "sam_embeddings"]
     sub_configs_defaults: ClassVar[dict] = {
         "lmm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
         "sam_config": SamConfig,
@@ -170,7 +173,11 @@ class UGroundConfig(PreTrainedConfig):
 
     def _check_settings(self):
         given = self.prompts
-        if not isinstance(given, tuple) or any(prompt not in PROMPTS for prompt in given) or len({*given}) < len(given):
+        if (
+            not isinstance(given, tuple)
+            or any(prompt not in PROMPTS for prompt in given)
+            or len({*given}) < len(given)
+        ):
             raise ValueError(f"prompts must be of {tuple(PROMPTS)}, each at most once, got {given!r}")
         for name, value, allowed in (
             ("similarity_scaling", self.similarity_scaling, SIMILARITY_SCALINGS),
@@ -207,12 +214,6 @@ class UGroundConfig(PreTrainedConfig):
                 f"got {given!r}"
             )
         if "points" not in self.prompts:
-            for name in ("num_points", "point_thresholds", "point_downsample"):
-                if getattr(self, name) != getattr(type(self), name):
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} is of the prompt 'points', which this model has not; expected "
-                        f"it among the prompts, got {self.prompts}"
-                    )
             return
         rows, columns = self.token_grid_hw
         if rows % self.point_downsample or columns % self.point_downsample:
@@ -339,7 +340,11 @@ class UGroundConfig(PreTrainedConfig):
         """
         if system not in SYSTEMS:
             raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}")
-        return cls(**{**SYSTEMS[system], **settings})
+        chosen = {**SYSTEMS[system], **settings}
+        given = [name for name in POINT_SETTINGS if name in settings]
+        if given and "points" not in (chosen["prompts"] or ()):
+            raise ValueError(f"{', '.join(given)} need the prompt 'points', but {system} has {chosen['prompts']}")
+        return cls(**chosen)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""

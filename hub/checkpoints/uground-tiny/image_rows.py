@@ -17,8 +17,9 @@ def resolve_image_index(image_index: torch.Tensor | None, num_rows: int, num_ima
         if num_images not in (1, num_rows):
             raise ValueError(f"image_index is needed: {num_rows} rows ask about {num_images} images")
         return torch.arange(num_rows) if num_images == num_rows else torch.zeros(num_rows, dtype=torch.long)
-    shape = tuple(image_index.shape)
-    if shape != (num_rows,) or (num_rows and not 0 <= image_index.min() <= image_index.max() < num_images):
+    is_whole = not (image_index.is_floating_point() or image_index.dtype == torch.bool)
+    is_per_row = is_whole and tuple(image_index.shape) == (num_rows,)
+    if not is_per_row or (num_rows and not 0 <= image_index.min() <= image_index.max() < num_images):
         raise ValueError(
             f"image_index must name one of {num_images} images for each of {num_rows} rows, got {image_index.tolist()}"
         )

@@ -221,19 +221,22 @@ def _example(facts: CardFacts) -> str:
 def _parts(config: UGroundConfig | None) -> str:
     if config is None:
         return ""
-    text, vision = config.get_text_config(), config.lmm_config.vision_config
+    text, frame = config.get_text_config(), config.adapter.frame
     rows, columns = config.token_grid_hw
-    return "\n".join(
-        [
-            "## Parts",
-            "",
-            f"- LMM `{config.lmm_config.model_type}`: {text.num_hidden_layers} layers of width {text.hidden_size}, "
-            f"images of {vision.image_size} pixels as {rows} × {columns} tokens",
-            f'- layer policy over {config.num_layers} layer states, `layer_selection="{config.layer_selection}"`',
-            f'- similarity map, `similarity_scaling="{config.similarity_scaling}"`',
-            f"- SAM with a frame of {config.frame_size} pixels, prompted by {', '.join(config.prompts)}",
-        ]
-    )
+    lines = [
+        "## Parts",
+        "",
+        f"- LMM `{config.lmm_config.model_type}`: {text.num_hidden_layers} layers of width {text.hidden_size}, "
+        f"images of {frame.side} pixels as {rows} × {columns} tokens",
+        f'- layer policy over {config.num_layers} layer states, `layer_selection="{config.layer_selection}"`'
+        if config.layer_policy
+        else f'- no layer policy, `layer_selection="{config.layer_selection}"` of {config.num_layers} layer states',
+        f'- similarity map, `similarity_scaling="{config.similarity_scaling}"`',
+        f"- SAM with a frame of {config.head_frame.side} pixels, prompted by {', '.join(config.prompts)}"
+        if config.mask_head
+        else "- no mask head: a segment is its similarity map",
+    ]
+    return "\n".join(lines)
 
 
 def _origin(facts: CardFacts) -> str:

@@ -119,6 +119,8 @@ def post_process_segments(
         - **boxes** (`(n, 4)`, float32): x0, y0, x1, y1 in pixels, see [`masks_to_boxes`].
         - **labels** (`list[str]`): the phrase of the answer that a segment belongs to, or the query.
         - **layers** (`(n,)`, int64): the layer each segment was read at.
+        - **finished** (`bool`, where the outputs say it): whether the answer came to its end; one that was cut may
+          lack segments.
 
     Raises:
         ValueError: `outputs` lacks fields or holds NaN, a threshold is none, or the numbers of sizes or queries do not
@@ -128,6 +130,7 @@ def post_process_segments(
     fields = _read_outputs(outputs)
     sequences, prompt_length = fields["sequences"].tolist(), int(fields["prompt_length"])
     image_index = fields["image_index"].tolist()
+    finished = _read(outputs, "finished")
     sizes = _sizes_per_query(fields["original_sizes"], target_sizes, image_index)
     if queries is not None and len(queries) != len(sequences):
         raise ValueError(f"queries must hold one query per row: expected {len(sequences)}, got {len(queries)}")
@@ -150,6 +153,7 @@ def post_process_segments(
                 "answer": answer,
                 **{name: values[kept] for name, values in segments.items()},
                 "labels": [label for label, keep in zip(labels, kept.tolist(), strict=True) if keep],
+                **({} if finished is None else {"finished": bool(finished[row])}),
             }
         )
     return results
@@ -161,11 +165,15 @@ def check_thresholds(threshold: float, mask_threshold: float) -> None:
     check_number("mask_threshold", mask_threshold)
 
 
+def _read(outputs, name: str):
+    return outputs.get(name) if hasattr(outputs, "get") else getattr(outputs, name, None)
+
+
 def _read_outputs(outputs) -> dict:
     """The fields in use, checked, the segments' on one device."""
     fields = {}
     for name in (*BATCH_FIELDS, *SEGMENT_FIELDS):
-        value = outputs.get(name) if hasattr(outputs, "get") else getattr(outputs, name, None)
+        value = _read(outputs, name)
         if value is None:
             raise ValueError(
                 f"outputs must be what model.segment(...) returned, got {type(outputs).__name__} without {name}"

@@ -71,8 +71,10 @@ def names_tokenizer_files(source, **options) -> Iterator[None]:
         if isinstance(error, OSError) or not (isinstance(error, Exception) or _is_panic(error)):
             raise
         path = _find(source, TOKENIZER_FILE, options)
-        if path is None or (reason := what_is_broken(path)) is not None:
-            raise ValueError(f"{path or TOKENIZER_FILE} {reason or 'is missing'}") from error
+        if path is None:
+            raise ValueError(f"{source} holds no {TOKENIZER_FILE}") from error
+        if (reason := what_is_broken(path)) is not None:
+            raise ValueError(f"{path} {reason}") from error
         try:
             PreTrainedTokenizerFast(tokenizer_file=str(path))
         except BaseException as cause:  # as above

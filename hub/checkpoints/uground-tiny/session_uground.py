@@ -59,7 +59,7 @@ class ImageSession:
 
         Returns:
             What the processor's `post_process_instance_segmentation` gives for a query: a dictionary with `answer`,
-            `masks`, `scores`, `boxes`, `labels` and `layers`; a list of them for a list.
+            `masks`, `scores`, `boxes`, `labels`, `layers` and `finished`; a list of them for a list.
 
         Raises:
             ValueError: the session is closed, the image has changed since it was opened, or an argument does not fit.
