@@ -7,7 +7,8 @@ from tiny import SEGMENT_TOKEN, tiny_model
 from tiny_processor import gradient_image, tiny_processor
 from tiny_training import example, rle
 
-from uground.training.collator import TARGET_KEYS, GroundingCollator, letterbox_mask, stable_key
+from uground.modeling_uground.image_frames import letterbox_mask
+from uground.training.collator import TARGET_KEYS, GroundingCollator, stable_key
 
 
 def simple(number: int, query: str, answer: str, masks=(), size=(32, 32), **more) -> dict:

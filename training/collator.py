@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from uground.modeling_uground.image_frames import letterbox_mask
 from uground.modeling_uground.image_rows import resolve_image_index
 from uground.training.data.masks import decode_mask
 
@@ -288,21 +289,3 @@ def _pad_left(values: torch.Tensor, length: int, value) -> torch.Tensor:
     """Pad every axis of `values` at its beginning to `length`."""
     missing = length - len(values)
     return F.pad(values, (missing, 0) * values.dim(), value=value)
-
-
-def letterbox_mask(mask: np.ndarray, side: int) -> torch.Tensor:
-    """
-    A mask in the letterbox of the image processors: longest side to `side`, padded below and to the right.
-
-    Args:
-        mask (`(H, W)`, bool).
-        side: of the square frame, in pixels.
-
-    Returns:
-        `(side, side)` float32: which share of each pixel is mask, in 0..1.
-    """
-    height, width = mask.shape
-    scale = side / max(height, width)
-    inner = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-    shrunk = F.interpolate(torch.from_numpy(mask).float()[None, None], size=inner, mode="area")[0, 0]
-    return F.pad(shrunk, (0, side - inner[1], 0, side - inner[0]))

@@ -24,8 +24,8 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 
 from uground.command_line import run_command, seed_number
 from uground.modeling_uground.hub_files import give_usual_mode
+from uground.modeling_uground.image_frames import letterbox_mask
 from uground.modeling_uground.lmm_llava import LlavaAdapter, vision_key_mask
-from uground.training.collator import letterbox_mask
 from uground.training.scene_drawing import COLOURS, KINDS, SIZES, TEXTURES, Scene
 from uground.training.scenes import scene
 from uground.training.tiny_model import FRAME_SIZE, LMM_PATCH, LMM_SIZE, sam_config, vision_config
