@@ -41,9 +41,9 @@ style: $(READY)
 
 # The bundled checkpoint from nothing: SAM and vision tower, an untrained model of them, then fine-tuning.
 tiny-checkpoint: $(READY)
-	$(BIN)/python -m uground.training.pretrain sam --output runs/tiny/sam --steps 1600 --batch-size 16
-	$(BIN)/python -m uground.training.pretrain vision --output runs/tiny/vision --steps 2000 --batch-size 32
-	$(BIN)/python -m uground.training.tiny_model --sam runs/tiny/sam --vision runs/tiny/vision --output runs/tiny/start
+	$(BIN)/python -m uground.training.scenes.pretrain sam --output runs/tiny/sam --steps 1600 --batch-size 16
+	$(BIN)/python -m uground.training.scenes.pretrain vision --output runs/tiny/vision --steps 2000 --batch-size 32
+	$(BIN)/python -m uground.training.scenes.tiny_model --sam runs/tiny/sam --vision runs/tiny/vision --output runs/tiny/start
 	$(BIN)/python -m uground.training.finetune --config recipes/tiny.yaml
 	$(BIN)/python -m uground.training.finetune --config recipes/tiny-joint.yaml
 	$(BIN)/python -m uground.training.finetune --config recipes/tiny-presence.yaml

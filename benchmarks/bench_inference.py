@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList, SamConfig
 
 from uground import UGroundConfig, UGroundForReferringSegmentation
+from uground.job_processes import job_state
 from uground.modeling_uground.layer_states import ImageStates, states_at
 from uground.modeling_uground.similarity import image_similarity
-from uground.processing.job_processes import job_state
 
 # LMM width, feed-forward width, layers, heads; CLIP width, feed-forward width, layers, heads, image; SAM width,
 # layers, heads, frame, global layers; vocabulary.

@@ -38,7 +38,7 @@ from PIL import Image  # noqa: E402
 
 import uground  # noqa: E402
 from uground import UGroundConfig, UGroundProcessor, tiny_checkpoint  # noqa: E402
-from uground.processing.annotate import read_queries  # noqa: E402
+from uground.apps.annotate import read_queries  # noqa: E402
 from uground.processing.prompt_format import PromptFormat  # noqa: E402
 
 ROOT = Path(uground.__file__).resolve().parent

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, SamConfig
 
 from uground.command_line import DTYPES, run_command, seed_number
-from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
-from uground.hub.official_tokenizer import IMAGE, REJECT, SEGMENT
-from uground.hub.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_config_from_state_dict
-from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, first_line, resolve_folder
+from uground.hub.convert.official_tokenizer import IMAGE, REJECT, SEGMENT
+from uground.hub.weights.checkpoint_writer import check_output, new_folder, save_all_but_weights
+from uground.hub.weights.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_config_from_state_dict
+from uground.hub.weights.streaming import Part, Target, write_weights
+from uground.hub.weights.weight_files import WeightFiles, first_line, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 from uground.modeling_uground.configuration_uground import SIMILARITY_SCALINGS

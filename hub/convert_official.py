@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from uground.command_line import DTYPES, run_command
-from uground.hub.checkpoint_writer import check_output, new_folder, save_all_but_weights
-from uground.hub.official_config import build_config, check_vision_tower, vision_config
-from uground.hub.official_names import (
+from uground.hub.convert.official_config import build_config, check_vision_tower, vision_config
+from uground.hub.convert.official_names import (
     BASELINE_FILE,
     CRITIC,
     CRITIC_PREFIX,
@@ -30,10 +29,11 @@ from uground.hub.official_names import (
     is_ignored,
     source_of,
 )
-from uground.hub.official_systems import SYSTEMS, OfficialSystem, PointArguments, find_system
-from uground.hub.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, has_tokenizer
-from uground.hub.streaming import Part, Target, write_weights
-from uground.hub.weight_files import WeightFiles, resolve_folder
+from uground.hub.convert.official_systems import SYSTEMS, OfficialSystem, PointArguments, find_system
+from uground.hub.convert.official_tokenizer import REJECT, SEGMENT, convert_tokenizer, has_tokenizer
+from uground.hub.weights.checkpoint_writer import check_output, new_folder, save_all_but_weights
+from uground.hub.weights.streaming import Part, Target, write_weights
+from uground.hub.weights.weight_files import WeightFiles, resolve_folder
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 from uground.modeling_uground.hub_files import give_usual_mode

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from uground.checkpoint_loading import load_model
 from uground.command_line import DTYPES, run_command
-from uground.hub.checkpoint_folder import ADAPTER_WEIGHTS, check_adapter, read_config
-from uground.hub.checkpoint_writer import ShardWriter, check_output, new_folder, save_all_but_weights
-from uground.hub.weight_files import TensorFile, name_some, resolve_folder
+from uground.hub.publish.recipe_file import RECIPE_FILE
+from uground.hub.weights.checkpoint_folder import ADAPTER_WEIGHTS, check_adapter, read_config
+from uground.hub.weights.checkpoint_writer import ShardWriter, check_output, new_folder, save_all_but_weights
+from uground.hub.weights.weight_files import TensorFile, name_some, resolve_folder
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import UGroundProcessor
-from uground.training.recipe_file import RECIPE_FILE
 
 PROCESSOR_CONFIG = "processor_config.json"
 

@@ -24,8 +24,8 @@ from PIL import ExifTags
 from tqdm import tqdm
 
 from uground.command_line import checked_seed, run_command, seed_number
-from uground.hub.commit import check_repo_id, commit_files, require_token
-from uground.hub.publish import listing
+from uground.hub.publish.commit import check_repo_id, commit_files, require_token
+from uground.hub.publish.publishing import listing
 from uground.processing.image_reading import opened_picture
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.prepared import (

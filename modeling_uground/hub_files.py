@@ -9,7 +9,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .checkpoint_files import CheckpointFilesMixin, read_weight_map
-from .model_card import CardFacts, build_model_card, is_card_of_uground
+from .short_card import is_card_of_uground, short_card
 
 CARD_FILE = "README.md"
 # What a checkpoint needs besides the model's own code, which the model does not import.
@@ -18,7 +18,7 @@ COMPANIONS = ("pipeline_uground.py", "processing_uground.py")
 
 class HubFilesMixin(CheckpointFilesMixin):
     """
-    For a `PreTrainedModel`: code of pipeline and processor with every save, a model card of ours on every push.
+    For a `PreTrainedModel`: code of pipeline and processor with every save, a short card of ours on every push.
 
     Attributes:
         revision: what `from_pretrained` was asked for, of the repository that the model was loaded from.
@@ -37,29 +37,14 @@ class HubFilesMixin(CheckpointFilesMixin):
     def prepare_upload(self, folder: str | os.PathLike, repo_id: str) -> None:
         """Complete a folder that `push_to_hub` is about to send, in which the base class has put an empty card."""
         copy_companions(folder, self.config.name_or_path, self.revision)
-        self.write_model_card(folder, CardFacts(repo_id=repo_id))
-
-    def write_model_card(self, folder: str | os.PathLike, facts: CardFacts | None = None) -> Path:
-        """
-        Write the card of this model to a folder, unless one that speaks of UGround lies there.
-
-        Args:
-            folder: of the checkpoint.
-            facts: what the configuration does not know.
-
-        Returns:
-            Path of the card.
-        """
-        path = Path(folder) / CARD_FILE
-        card = build_model_card(self.config, facts or CardFacts())
+        path, card = Path(folder) / CARD_FILE, short_card(repo_id)
         if path.is_file():
             present = path.read_text(encoding="utf-8")
             if is_card_of_uground(present):
-                return path
+                return
             tags = ModelCard(present, ignore_metadata_errors=True).data.tags or []
             card.data.tags += [tag for tag in tags if tag not in card.data.tags]
         card.save(path)
-        return path
 
     def _upload_modified_files(self, working_dir, repo_id: str, *args, **kwargs):
         self.prepare_upload(working_dir, repo_id)

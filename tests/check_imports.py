@@ -1,59 +1,109 @@
-"""The import rules of the package, checked on its source: run by `make check`."""
+"""The import rules of the package, checked on its source: run by `make check`, which prints the arrows."""
 
 import ast
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Their files travel to the Hub, side by side: only siblings and the runtime dependencies may be imported there.
 FLAT = ("modeling_uground", "processing")
-# Commands stay at home: the entry files of the Hub closure do not import them.
-COMMANDS = {"annotate.py", "annotation_inputs.py", "job_processes.py"}
-COMMAND_PACKAGES = {"uground", "datasets", "pyarrow", "pycocotools", "tqdm"}
-# Shared by all commands: they import the two flat folders, and neither training nor hub.
-SHARED = ("checkpoint_loading.py", "command_line.py")
-SHARED_PARTS = ("uground.modeling_uground", "uground.processing")
-# What files that travel to the Hub may import besides one another and the standard library.
+# What files that travel may import besides one another and the standard library.
 RUNTIME = {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate", "numpy", "PIL"}
+# Shared by all commands, in the root of the package.
+LEAVES = ("checkpoint_loading.py", "command_line.py", "job_processes.py")
+BASE = ("modeling_uground", "processing", "leaves")
+# Room to the rooms that it may import. `leaves` are the files above; the root's `__init__` and `__main__` are free.
+ARROWS = {
+    "modeling_uground": (),
+    "processing": (),
+    "leaves": ("modeling_uground", "processing"),
+    "apps": BASE,
+    "training/scenes": BASE,
+    "training/data": (*BASE, "training/scenes"),
+    "training/objectives": BASE,
+    "training/evaluation": (*BASE, "training/data", "training/scenes"),
+    "training/metric_modules": (*BASE, "training/data", "training/evaluation"),
+    "training": (
+        *BASE,
+        "training/data",
+        "training/objectives",
+        "training/evaluation",
+        "training/scenes",
+        "hub/publish",
+    ),
+    "hub/weights": BASE,
+    "hub/convert": (*BASE, "hub/weights"),
+    "hub/publish": (*BASE, "hub/weights", "training/scenes"),
+    "hub": (*BASE, "hub/weights", "hub/convert", "hub/publish", "training/data", "training/scenes"),
+}
 
 
-def imports_of(path: Path) -> list[tuple[int, int, str]]:
-    """Line, level (number of leading dots) and module of every import in a file."""
+def imports_of(path: Path) -> list[tuple[int, int, str, list[str]]]:
+    """Line, level (number of leading dots), module and imported names of every import in a file."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, 0, alias.name) for alias in node.names]
+            found += [(node.lineno, 0, alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.lineno, node.level, node.module or ""))
+            found.append((node.lineno, node.level, node.module or "", [alias.name for alias in node.names]))
     return found
 
 
-def problems() -> list[str]:
-    """What breaks the rules, one line each."""
-    files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in FLAT}
-    found = []
+def room_of(parts: list[str]) -> str | None:
+    """The room of a file or module, given by its path below the root without an ending; `None` for the root itself."""
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return "leaves" if f"{parts[0]}.py" in LEAVES else parts[0] if parts[0] in ARROWS else None
+    inner = "/".join(parts[:2])
+    return inner if inner in ARROWS else parts[0] if parts[0] in ARROWS else None
+
+
+def sources() -> list[Path]:
+    """All files of the package but those of tests and of bundled checkpoints."""
+    folders = sorted({room.split("/")[0] for room in ARROWS if room != "leaves"})
+    found = [ROOT / name for name in (*LEAVES, "__init__.py", "__main__.py")]
+    for folder in folders:
+        found += sorted(path for path in (ROOT / folder).rglob("*.py") if "checkpoints" not in path.parts)
+    return found
+
+
+def arrows_and_problems() -> tuple[dict[str, set[str]], list[str]]:
+    """Which room imports which, and what breaks the rules, one line each."""
+    arrows, found = {room: set() for room in ARROWS}, []
+    files = {folder: sorted((ROOT / folder).glob("*.py")) for folder in FLAT}
     names = [path.name for paths in files.values() for path in paths if path.name != "__init__.py"]
     found += [f"{name}: stands in both of {FLAT}" for name in sorted(set(names)) if names.count(name) > 1]
-    for folder, paths in files.items():
-        siblings = {path.stem for path in paths}
-        for path in paths:
-            allowed = RUNTIME | COMMAND_PACKAGES if path.name in COMMANDS else RUNTIME
-            for line, level, module in imports_of(path):
-                top = module.split(".")[0]
-                place = f"{folder}/{path.name}:{line}"
-                if level > 1 or (level == 1 and (top not in siblings or "." in module)):
-                    found.append(f"{place}: may import siblings of its folder only, got {'.' * level}{module}")
-                elif level == 0 and top not in allowed and top not in sys.stdlib_module_names:
-                    found.append(f"{place}: {top} is no runtime dependency")
-    for name in SHARED:
-        for line, level, module in imports_of(ROOT / name):
-            if level or (module.startswith("uground") and not module.startswith(SHARED_PARTS)):
-                found.append(f"{name}:{line}: may import {' and '.join(SHARED_PARTS)} only, got {module}")
-    paths = [ROOT / name for name in (*SHARED, "__init__.py", "__main__.py")]
-    for folder in (*FLAT, "training", "hub"):
-        paths += sorted((ROOT / folder).rglob("*.py"))
-    for path in paths:
+    for path in sources():
+        parts = list(path.relative_to(ROOT).with_suffix("").parts)
+        room, place = room_of(parts), path.relative_to(ROOT)
+        for line, level, module, imported in imports_of(path):
+            if room in FLAT:
+                found += flat_problem(path, f"{place}:{line}", level, module)
+                continue
+            if level:
+                found.append(f"{place}:{line}: imports by whole names only, got {'.' * level}{module}")
+            if room is None or not module.startswith("uground"):
+                continue
+            target = room_of(module.split(".")[1:] or imported[:1])
+            if target in (None, room):
+                continue
+            arrows[room].add(target)
+            if target not in ARROWS[room]:
+                found.append(f"{place}:{line}: {room} may not import {target}, got {module}")
         found += too_long(path) + foreign_code(path)
-    return found
+    return arrows, found
+
+
+def flat_problem(path: Path, place: str, level: int, module: str) -> list[str]:
+    """What is wrong with an import in a file that travels."""
+    siblings = {sibling.stem for sibling in path.parent.glob("*.py")}
+    top = module.split(".")[0]
+    if level > 1 or (level == 1 and (top not in siblings or "." in module)):
+        return [f"{place}: may import siblings of its folder only, got {'.' * level}{module}"]
+    if level == 0 and top not in RUNTIME and top not in sys.stdlib_module_names:
+        return [f"{place}: {top} is no runtime dependency"]
+    return []
 
 
 def foreign_code(path: Path) -> list[str]:
@@ -88,7 +138,9 @@ def too_long(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    broken = problems()
+    found_arrows, broken = arrows_and_problems()
+    for name, targets in found_arrows.items():
+        print(f"{name} -> {', '.join(sorted(targets)) or 'nothing'}")
     for line in broken:
         print(line)
     sys.exit(1 if broken else 0)

@@ -8,7 +8,7 @@ from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_training import dataset, example, losses_of, tiny_trainer
 from transformers import TrainerCallback
 
-from uground.training.mixture import Mixture
+from uground.training.data.mixture import Mixture
 
 # Which processes of a pair see a segment: of a batch of 4, the first half goes to the first process.
 MIXED = [example(number) for number in range(12)]

@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_config, tiny_inputs
 from tiny_processor import gradient_image, tiny_processor
 
-from uground.hub.closure import complete_folder
+from uground.hub.publish.closure import complete_folder
 from uground.modeling_uground import UGroundForReferringSegmentation
 
 ROWS = [[5, 38, 6], [7, 8, 9, 38]]

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from uground.hub.convert_official import main as convert_command
-from uground.hub.weight_files import WeightFiles
+from uground.hub.weights.weight_files import WeightFiles
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import letterbox_image_processor
-from uground.training.grounding_loss import Geometry
-from uground.training.reward_baseline import BaselineTraining, RewardBaseline
+from uground.training.objectives.grounding_terms import Geometry
+from uground.training.objectives.reward_baseline import BaselineTraining, RewardBaseline
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(DATA.glob("official_*"))

@@ -73,7 +73,7 @@ def main() -> None:
     command("uground.__main__", image, "the small red boat", "--output", FOLDER / "overlay.png")
     command("uground.__main__", image, "the tree and whatever can swim", "the yellow car", "--json")
     told = ["--input", FOLDER / "photos", "--queries", queries, "--output", at["annotated"]]
-    command("uground.processing.annotate", *told, "--model", CHECKPOINT)
+    command("uground.apps.annotate", *told, "--model", CHECKPOINT)
     command("uground.hub.merge_lora", at["lora"], "--base", CHECKPOINT, "--output", at["merged"])
     command("uground.hub.card", at["merged"])
     command("uground.hub.publish", at["merged"], "--repo-id", "USER/boats", "--dry-run")

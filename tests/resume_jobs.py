@@ -9,7 +9,7 @@ from tiny import tiny_model
 from tiny_training import example, tiny_trainer
 
 from uground.training import trainer as training
-from uground.training.mixture import Mixture, MixtureEpochs
+from uground.training.data.mixture import Mixture, MixtureEpochs
 
 STEPS = 8
 

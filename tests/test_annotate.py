@@ -22,7 +22,8 @@ from pycocotools import mask as coco_mask
 from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
 
-from uground.processing import ReferringSegmentationPipeline, annotate
+from uground.apps import annotate
+from uground.processing import ReferringSegmentationPipeline
 from uground.processing.pipeline_uground import halve_batch
 
 ANSWER = "the cup is [SEG] and a boat is [SEG] ."
@@ -394,7 +395,7 @@ def test_killed_and_taken_up_by_two_processes(folder):
     def words(output):
         named = {"input": "images", "queries": "queries.txt", "model": "model", "output": output}
         flags = [word for name, value in named.items() for word in (f"--{name}", str(folder / value))]
-        return ["uground.processing.annotate", *flags, "--shard-size", "1", "--batch-size", "1"]
+        return ["uground.apps.annotate", *flags, "--shard-size", "1", "--batch-size", "1"]
 
     killed = Command(folder / "killed", *words("out"))
     deadline = time.monotonic() + 240

@@ -21,9 +21,9 @@ from transformers import (
     SamModel,
 )
 
-from uground.hub import checkpoint_writer
 from uground.hub.assemble import build_parser, extend_vocabulary, main, open_sam
-from uground.hub.sam_weights import sam_to_original
+from uground.hub.weights import checkpoint_writer
+from uground.hub.weights.sam_weights import sam_to_original
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 

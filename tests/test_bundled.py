@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoProcessor, pipeline
 
 import uground
 from uground.__main__ import main
-from uground.hub.closure import code_files
-from uground.training.metrics import intersection_union
+from uground.hub.weights.code_files import code_files
+from uground.training.evaluation.counts import intersection_union
 from uground.training.scenes import example_scene
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, connected
 from tiny import tiny_config
 
-from uground.hub.card import build_card, main, write_card
-from uground.modeling_uground.model_card import CardFacts, build_model_card, check_card
+from uground.hub.publish.card import build_card, main, write_card
+from uground.hub.publish.model_card import CardFacts, build_model_card, check_card
 
 GROUP = {"queries": 4, "ciou": 0.615, "giou": 0.625, "n_acc": None, "t_acc": 1.0}
 RESULTS = {

@@ -12,8 +12,8 @@ from tiny_processor import gradient_image, tiny_processor
 from uground.training.check_data import check_data, contact_sheet
 from uground.training.collator import GroundingCollator
 from uground.training.data.jsonl import JsonlSource
+from uground.training.data.mixture import Mixture
 from uground.training.finetune import FinetuneArguments, training_data
-from uground.training.mixture import Mixture
 
 SIZE = (20, 30)
 SQUARE = [2, 2, 10, 2, 10, 10, 2, 10]

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModel, CLIPConfig, CLIPModel, SamConfig
 
-from uground.hub import checkpoint_writer
+from uground.hub.convert.official_names import IGNORED, VOCABULARY, Origin, is_ignored, source_of
 from uground.hub.convert_official import build_parser, convert_official
-from uground.hub.official_names import IGNORED, VOCABULARY, Origin, is_ignored, source_of
+from uground.hub.weights import checkpoint_writer
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
-from uground.training.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
+from uground.training.objectives.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
 
 CLIP = TINY / "clip"
 OFFICIAL = TINY / "official"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from official_case import TINY, convert, official_weights, refused, write_official
 
-from uground.hub import checkpoint_writer
+from uground.hub.convert.official_names import looks_like
 from uground.hub.convert_official import convert_official
-from uground.hub.official_names import looks_like
+from uground.hub.weights import checkpoint_writer
 
 CLIP = TINY / "clip"
 OFFICIAL = TINY / "official"

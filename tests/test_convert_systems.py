@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_processor import gradient_image
 
 from uground.checkpoint_loading import load_model, load_processor
-from uground.hub import official_systems
+from uground.hub.convert import official_systems
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 
 READ = DATA / "read_tiny"

@@ -14,7 +14,7 @@ from uground.training.collator import GroundingCollator
 from uground.training.data.masks import encode_mask
 from uground.training.data.prepare import main
 from uground.training.data.prepared import FEATURES, prepared_dataset, prepared_splits, stored_image, write_prepared
-from uground.training.evaluation_data import evaluation_data
+from uground.training.evaluation.datasets import evaluation_data
 from uground.training.scenes import scene_examples
 
 

@@ -6,7 +6,7 @@ from miniatures import PIXELS, SIZE, decoded, refer_family, reference, save_pick
 
 from uground.training.data.refer_reader import LAYOUTS
 from uground.training.data.registry import DATASETS, read_samples
-from uground.training.metric_protocols import PROTOCOLS
+from uground.training.evaluation.protocols import PROTOCOLS
 
 FOLDERS = {name: (layout.folder, layout.references[0]) for name, layout in LAYOUTS.items()}
 

@@ -6,7 +6,7 @@ from distributed_jobs import CASES, EVALUATIONS, MIXED, all_cases, evaluate, pol
 from processes import run_in_processes
 from safetensors.torch import load_file
 
-from uground.training.reward_baseline import BASELINE_FILE
+from uground.training.objectives.reward_baseline import BASELINE_FILE
 
 TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 

@@ -17,12 +17,12 @@ from tiny_processor import TEMPLATE, gradient_image, tiny_processor, tiny_tokeni
 from uground import UGroundForReferringSegmentation
 from uground.training import evaluate as command
 from uground.training.evaluate import EvaluationArguments, calibration_table, evaluate, main, table
-from uground.training.evaluation_answers import forced_answer, group_by_image, placed_targets, predict
-from uground.training.evaluation_data import evaluation_data
-from uground.training.evaluation_prompts import with_system_prompt
-from uground.training.evaluation_store import BlockStore
-from uground.training.metric_protocols import reduce_counts
-from uground.training.metrics import count_query
+from uground.training.evaluation.counts import count_query
+from uground.training.evaluation.datasets import evaluation_data
+from uground.training.evaluation.predictions import forced_answer, group_by_image, placed_targets, predict
+from uground.training.evaluation.prompts import with_system_prompt
+from uground.training.evaluation.protocols import reduce_counts
+from uground.training.evaluation.store import BlockStore
 
 NUM_LAYERS = tiny_config().num_layers
 

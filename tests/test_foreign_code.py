@@ -15,10 +15,11 @@ from tiny import tiny_config, tiny_model
 from tiny_processor import gradient_image, tiny_processor
 from transformers import CLIPVisionModel
 
-from uground.hub import assemble, card, closure, convert_official, merge_lora, publish
-from uground.processing import annotate
+from uground.apps import annotate
+from uground.hub import assemble, card, closure, convert_official, merge_lora
+from uground.hub.publish import publishing as publish
 from uground.training import evaluate, finetune
-from uground.training import tiny_model as tiny_model_command
+from uground.training.scenes import tiny_model as tiny_model_command
 
 command = importlib.import_module("uground.__main__")
 AUTO_CLASSES = (

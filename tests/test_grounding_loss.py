@@ -6,8 +6,14 @@ from torch.nn import functional as F
 
 from uground.modeling_uground import UGroundOutput
 from uground.modeling_uground.image_frames import ImageFrame
-from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, MapTarget, connected_zero, grounding_terms
-from uground.training.losses import LossWeights
+from uground.training.objectives.grounding_terms import (
+    GROUNDING_TERMS,
+    Geometry,
+    MapTarget,
+    connected_zero,
+    grounding_terms,
+)
+from uground.training.objectives.losses import LossWeights
 
 HEAD = ImageFrame("letterbox", 64)
 

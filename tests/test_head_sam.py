@@ -7,7 +7,7 @@ import torch
 from test_sam_weights import original_package
 from tiny import tiny_config, tiny_model
 
-from uground.hub.sam_weights import sam_config_from_state_dict, sam_from_original
+from uground.hub.weights.sam_weights import sam_config_from_state_dict, sam_from_original
 from uground.modeling_uground.head_sam import SamHead
 from uground.modeling_uground.image_frames import ImageFrame
 

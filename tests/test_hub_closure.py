@@ -16,7 +16,8 @@ from tiny_processor import tiny_processor
 from transformers.dynamic_module_utils import get_relative_imports
 
 from uground import UGroundConfig, UGroundForReferringSegmentation, UGroundProcessor
-from uground.hub.closure import AUTO_MAP, ENTRY_FILES, PACKAGE, code_files, complete_folder, main, stamp_config
+from uground.hub.publish.closure import complete_folder, main
+from uground.hub.weights.code_files import AUTO_MAP, ENTRY_FILES, PACKAGE, code_files, stamp_config
 from uground.modeling_uground import configuration_uground
 from uground.modeling_uground.checkpoint_files import is_inside
 from uground.modeling_uground.configuration_uground import CODE_VERSION, CUSTOM_PIPELINES, TESTED_TRANSFORMERS

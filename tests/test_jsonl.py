@@ -11,7 +11,7 @@ from tiny_training import rle
 
 from uground.training.check_data import check_data, contact_sheet, main
 from uground.training.data.jsonl import JsonlSource, read_line
-from uground.training.mixture import Mixture
+from uground.training.data.mixture import Mixture
 
 SQUARE = [2, 2, 10, 2, 10, 10, 2, 10]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from uground.training.losses import (
+from uground.training.objectives.losses import (
     LossWeights,
     batch_policy_loss,
     critic_loss,

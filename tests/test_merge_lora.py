@@ -11,8 +11,8 @@ from tiny import REJECT_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
 from tiny_processor import tiny_processor
 from transformers import AutoModel, AutoProcessor
 
-from uground.hub import checkpoint_writer
 from uground.hub.merge_lora import build_parser, main
+from uground.hub.weights import checkpoint_writer
 from uground.modeling_uground import UGroundForReferringSegmentation
 
 ROWS = [[5, 6, SEGMENT_TOKEN, 9], [7, SEGMENT_TOKEN, 8, SEGMENT_TOKEN]]

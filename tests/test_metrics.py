@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from uground.training.metric_protocols import query_iou
-from uground.training.metrics import GroundingCounts, count_query, intersection_union
+from uground.training.evaluation.counts import GroundingCounts, count_query, intersection_union
+from uground.training.evaluation.protocols import query_iou
 
 NOTHING = ["....", "....", "....", "...."]
 LEFT = ["##..", "##..", "##..", "##.."]  # 8 pixels

@@ -8,9 +8,9 @@ import pytest
 from test_metrics_protocols import CORNER, DOT, LEFT, TOP, masks, random_queries
 
 from uground.training.data.masks import encode_mask
+from uground.training.evaluation.counts import count_query
+from uground.training.evaluation.protocols import reduce_counts
 from uground.training.metric_modules import METRICS, load_metric, metric_path
-from uground.training.metric_protocols import reduce_counts
-from uground.training.metrics import count_query
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from uground.training.calibration import average_precision, calibration
-from uground.training.metric_protocols import PROTOCOLS, reduce_counts
-from uground.training.metrics import GroundingCounts, assign, count_query, restore_counts
+from uground.training.evaluation.calibration import average_precision, calibration
+from uground.training.evaluation.counts import GroundingCounts, assign, count_query, restore_counts
+from uground.training.evaluation.protocols import PROTOCOLS, reduce_counts
 
 NOTHING = ["....", "....", "....", "...."]
 LEFT = ["##..", "##..", "##..", "##.."]  # 8 pixels

@@ -6,9 +6,9 @@ from torch.testing import assert_close
 
 from uground.modeling_uground import UGroundOutput
 from uground.modeling_uground.image_frames import ImageFrame
-from uground.training.grounding_loss import Geometry
-from uground.training.official import TRAINING_SETTINGS, official_losses
-from uground.training.reward_baseline import RewardBaseline
+from uground.training.objectives.grounding_terms import Geometry
+from uground.training.objectives.official import TRAINING_SETTINGS, official_losses
+from uground.training.objectives.reward_baseline import RewardBaseline
 from uground.training.trainer import UGroundTrainingConfig
 
 GEOMETRY = Geometry(ImageFrame("letterbox", 32), ImageFrame("letterbox", 64), ((24, 32),))

@@ -6,7 +6,7 @@ from official_case import CASES, OfficialCase
 
 from uground.modeling_uground.image_frames import apply_matrices, grid_to_image
 from uground.processing import post_process_masks
-from uground.training.official import official_losses
+from uground.training.objectives.official import official_losses
 
 KINDS = ("last", "policy")
 TOLERANCE = 1e-4

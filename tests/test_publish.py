@@ -17,9 +17,9 @@ from tiny import tiny_inputs, tiny_model
 from tiny_processor import tiny_processor
 
 from uground.hub import publish_data
-from uground.hub.card import write_card
-from uground.hub.closure import code_files
 from uground.hub.publish import main
+from uground.hub.publish.card import write_card
+from uground.hub.weights.code_files import code_files
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import ReferringSegmentationPipeline
 from uground.training.scenes import scenes

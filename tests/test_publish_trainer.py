@@ -11,9 +11,9 @@ from tiny import tiny_model
 from tiny_processor import tiny_processor
 from transformers.utils.hub import PushInProgress
 
-from uground.hub import trainer_push
-from uground.hub.checkpoint_folder import load_checkpoint
-from uground.hub.closure import code_files
+from uground.hub.publish import trainer_push
+from uground.hub.weights.checkpoint_folder import load_checkpoint
+from uground.hub.weights.code_files import code_files
 from uground.processing import UGroundProcessor
 from uground.training.checkpoints import what_is_missing
 from uground.training.data import scene_dataset

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import uground
-from uground.hub.closure import write_code
+from uground.hub.weights.code_files import write_code
 
 ROOT = Path(uground.__file__).parent
 # What Python shows by default of what libraries warn of; raised, so that the traceback tells where it comes from.

@@ -13,7 +13,7 @@ from uground.modeling_uground.prompt_points import (
     selection_grid,
 )
 from uground.processing import post_process_masks
-from uground.training.official_read import read_losses
+from uground.training.objectives.official_read import read_losses
 
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4

@@ -15,9 +15,9 @@ from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor
 from trl import TrlParser
 
-from uground.hub.card import build_card
+from uground.hub.publish.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
-from uground.training.pretrain import main as pretrain
+from uground.training.scenes.pretrain import main as pretrain
 from uground.training.trainer import UGroundTrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

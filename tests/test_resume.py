@@ -23,7 +23,7 @@ from uground.training.checkpoints import (
     mark_complete,
     what_is_missing,
 )
-from uground.training.reward_baseline import BASELINE_FILE
+from uground.training.objectives.reward_baseline import BASELINE_FILE
 
 
 def run_until_killed(folder, baseline: str, **moment) -> None:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from uground.training.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
+from uground.training.objectives.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
 
 LAYERS = 5
 

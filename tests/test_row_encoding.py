@@ -18,7 +18,7 @@ from uground.processing.answer_labels import recover_query
 from uground.processing.prompt_format import PromptFormat
 from uground.processing.prompt_pieces import TEMPLATE, USER, render_prompt, split_prompt
 from uground.training.collator import GroundingCollator
-from uground.training.evaluation_answers import predict
+from uground.training.evaluation.predictions import predict
 
 IMAGE = gradient_image(20, 40)
 QUESTION = "Which one, left (A) or right (B)?"

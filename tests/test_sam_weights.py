@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import SamModel
 
-from uground.hub.sam_weights import (
+from uground.hub.weights.sam_weights import (
     load_original_sam,
     read_original_sam,
     rename_original_sam_key,

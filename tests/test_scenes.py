@@ -9,19 +9,6 @@ from PIL import Image
 from processes import Command
 from pycocotools import mask as coco_mask
 
-from uground.training.scene_drawing import (
-    COLOURS,
-    GEOMETRIC,
-    KINDS,
-    MIN_VISIBLE_PIXELS,
-    SIZES,
-    TEXTURES,
-    ObjectPlan,
-    Scene,
-    SceneObject,
-    paint,
-)
-from uground.training.scene_queries import ATTRIBUTE_WEIGHTS, PLURALS, RIDDLES, Grammar
 from uground.training.scenes import (
     SPLITS,
     SceneGroups,
@@ -36,6 +23,19 @@ from uground.training.scenes import (
     scene_queries,
     scenes,
 )
+from uground.training.scenes.drawing import (
+    COLOURS,
+    GEOMETRIC,
+    KINDS,
+    MIN_VISIBLE_PIXELS,
+    SIZES,
+    TEXTURES,
+    ObjectPlan,
+    Scene,
+    SceneObject,
+    paint,
+)
+from uground.training.scenes.queries import ATTRIBUTE_WEIGHTS, PLURALS, RIDDLES, Grammar
 
 SINGULARS = {plural: kind for kind, plural in PLURALS.items()} | {"things": "thing", "shapes": "shape"}
 

@@ -9,9 +9,9 @@ from tiny_training import dataset, example, losses_of, tiny_trainer, training_co
 from transformers import TrainerCallback
 
 from uground.modeling_uground.layer_policy import draw_layers
-from uground.training.answer_evaluation import WrittenCounts
-from uground.training.losses import LossWeights
-from uground.training.policy_draws import policy_loss, segment_uniforms
+from uground.training.evaluation.during_training import WrittenCounts
+from uground.training.objectives.losses import LossWeights
+from uground.training.objectives.policy_draws import policy_loss, segment_uniforms
 from uground.training.training_config import freeze
 
 

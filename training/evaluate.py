@@ -24,15 +24,16 @@ import uground
 from uground import tiny_checkpoint
 from uground.checkpoint_loading import load_model, load_processor
 from uground.command_line import DTYPES, RESUMABLE, SEEDS, CommandParser, checked_seed, run_command, seed_number
-from uground.processing.job_processes import job_state
-from uground.training.calibration import calibration
+from uground.job_processes import job_state
 from uground.training.data.masks import decode_mask, encode_mask
-from uground.training.evaluation_answers import STYLES, Prediction, predict
-from uground.training.evaluation_data import EvaluationData, evaluation_data
-from uground.training.evaluation_prompts import READ, Asking, read_asking
-from uground.training.evaluation_store import BlockStore, write_overlays, write_results
-from uground.training.metric_protocols import OVERALL, PROTOCOLS, REJECTING, query_iou
-from uground.training.metrics import GroundingCounts, count_query, restore_counts
+from uground.training.data.samples import OVERALL
+from uground.training.evaluation.calibration import calibration
+from uground.training.evaluation.counts import GroundingCounts, count_query, restore_counts
+from uground.training.evaluation.datasets import EvaluationData, evaluation_data
+from uground.training.evaluation.predictions import STYLES, Prediction, predict
+from uground.training.evaluation.prompts import READ, Asking, read_asking
+from uground.training.evaluation.protocols import PROTOCOLS, REJECTING, query_iou
+from uground.training.evaluation.store import BlockStore, write_overlays, write_results
 
 COLUMNS = {
     "ordered": ("queries", "ciou", "giou", "union_ciou", "union_giou", "n_acc", "t_acc", "score_rank_correlation"),

@@ -17,14 +17,14 @@ from trl import TrlParser
 from uground.checkpoint_loading import base_of, is_adapter, load_processor
 from uground.checkpoint_loading import load_model as load_checkpoint
 from uground.command_line import RESUMABLE, checked_seed, run_command
+from uground.hub.publish.recipe_file import write_recipe
 from uground.training.adapters import lora_config, quantization_config, with_adapter, with_saved_adapter
 from uground.training.checkpoints import finished_steps, mark_finished, mark_unfinished
 from uground.training.collator import GroundingCollator
 from uground.training.data import scene_dataset
 from uground.training.data.jsonl import JsonlSource
+from uground.training.data.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
 from uground.training.data.prepared import prepared_dataset
-from uground.training.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
-from uground.training.recipe_file import write_recipe
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
 SCENES = "scenes"

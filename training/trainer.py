@@ -9,23 +9,24 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
-from uground.hub.trainer_push import HubPushMixin
+from uground.hub.publish.run_files import COMPLETE_FILE
+from uground.hub.publish.trainer_push import HubPushMixin
 from uground.modeling_uground import UGroundOutput
 from uground.modeling_uground.hub_files import give_usual_mode
 from uground.training.adapters import trainable_in_float32
-from uground.training.answer_evaluation import AnswerEvaluation
-from uground.training.checkpoints import COMPLETE_FILE, mark_complete, run_record
+from uground.training.checkpoints import mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
-from uground.training.grounding_loss import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
+from uground.training.evaluation.during_training import AnswerEvaluation
+from uground.training.evaluation.pictures import draw_histogram, send_pictures
 from uground.training.model_state import CPU_PACKING, left_as_found, marks_of
-from uground.training.policy_draws import PolicyLoss, policy_loss, segment_uniforms
+from uground.training.objectives.grounding_terms import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
+from uground.training.objectives.policy_draws import PolicyLoss, policy_loss, segment_uniforms
+from uground.training.objectives.reward_baseline import BaselineTraining, RewardBaseline
 from uground.training.repeated_items import count_only, own_images
 from uground.training.resume import ResumeMixin
-from uground.training.reward_baseline import BaselineTraining, RewardBaseline
 from uground.training.running_means import RunningMeans
 from uground.training.sam_cache import SamEmbeddingCache
 from uground.training.training_config import UGroundTrainingConfig, freeze, freeze_unused
-from uground.training.training_pictures import draw_histogram, send_pictures
 
 # Rules that draw layers; evaluation takes the likeliest instead, so that its figures do not hang on the draws.
 DRAWING_RULES = ("sample", "mc")

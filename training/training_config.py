@@ -9,9 +9,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from uground.command_line import checked_seed
-from uground.training.grounding_loss import MapTarget
-from uground.training.losses import LossWeights
-from uground.training.reward_baseline import BASELINES
+from uground.training.objectives.grounding_terms import MapTarget
+from uground.training.objectives.losses import LossWeights
+from uground.training.objectives.reward_baseline import BASELINES
 
 # What peft puts into the names of modules that it trains whole.
 PEFT_NAMES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)(?=\.|$)")

@@ -35,7 +35,7 @@ from uground.training.data.masks import (
     read_mask,
     shown,
 )
-from uground.training.metric_protocols import OVERALL
+from uground.training.data.samples import OVERALL
 
 SEGMENT, REJECT = "[SEG]", "[REJ]"
 TURN_KEYS = {"query", "answer", "phrases", "masks", "boxes"}

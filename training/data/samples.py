@@ -3,6 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
+# Name of the total in tables, which no attribute may bear.
+OVERALL = "overall"
+
 
 @dataclass(frozen=True)
 class Sample:

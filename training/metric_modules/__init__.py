@@ -4,7 +4,7 @@
     metric.add_batch(predictions=[masks, …], references=[masks, …])
     metric.compute()
 
-The second argument is the protocol, see `uground.training.metric_protocols`.
+The second argument is the protocol, see `uground.training.evaluation.protocols`.
 """
 
 from uground.training.metric_modules.counting_metric import METRICS, load_metric, metric_path

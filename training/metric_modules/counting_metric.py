@@ -13,8 +13,8 @@ from datasets import Features, List, Value
 from numpy.typing import ArrayLike
 
 from uground.training.data.masks import decode_mask
-from uground.training.metric_protocols import reduce_counts
-from uground.training.metrics import QueryCounts, count_query, restore_counts
+from uground.training.evaluation.counts import QueryCounts, count_query, restore_counts
+from uground.training.evaluation.protocols import reduce_counts
 
 METRICS = ("grounding_iou", "grounding_presence", "grounding_sets")
 PAIR = List(Value("int64"))

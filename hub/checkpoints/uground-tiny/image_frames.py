@@ -17,6 +17,7 @@ remembered.
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -184,4 +185,29 @@ def inside_windows(frame: ImageFrame, image_hw: tuple[int, int]) -> torch.Tensor
     return axes[0][:, None] & axes[1]
 
 
-__all__ = ["FRAMES", "ImageFrame", "apply_matrices", "grid_to_grid", "grid_to_image", "inside_windows", "resize_rows"]
+def letterbox_mask(mask: np.ndarray, side: int) -> torch.Tensor:
+    """
+    A mask of an image in the letterbox of so many cells.
+
+    Args:
+        mask (`(H, W)`, bool).
+        side: of the frame.
+
+    Returns:
+        `(side, side)` float32: which share of each cell is mask, in 0..1.
+    """
+    (_, rows), (_, columns) = ImageFrame("letterbox", side).windows(mask.shape)
+    shrunk = F.interpolate(torch.from_numpy(mask).float()[None, None], size=(rows, columns), mode="area")[0, 0]
+    return F.pad(shrunk, (0, side - columns, 0, side - rows))
+
+
+__all__ = [
+    "FRAMES",
+    "ImageFrame",
+    "apply_matrices",
+    "grid_to_grid",
+    "grid_to_image",
+    "inside_windows",
+    "letterbox_mask",
+    "resize_rows",
+]

@@ -1,0 +1,1 @@
+"""Commands and faces that are neither modelling nor training."""

@@ -1,0 +1,438 @@
+"""Ask the same or listed queries of many images; write answers and masks as parquet.
+
+    python -m uground.apps.annotate --input photos/ --queries queries.txt --output annotated/
+    python -m uground.apps.annotate --input user/dataset --split train --queries asked.jsonl --output annotated/
+
+--input is a folder of images (searched through), an image, a dataset of `datasets` saved to disk, or a Hub id.
+--queries is a .txt file, one query a line, asked of every image; or a .jsonl file of {"image": ID, "query": "…"} or
+{"image": ID, "queries": ["…", …]}, where ID is the path below the folder, or the column `id` (else the number) of a
+row.
+
+The images are cut into shards of --shard-size, each written at once as `part-NNNNNNNN.parquet`, one row per image and
+query. After an interruption the same command, on any number of processes, goes on with the shards that are missing.
+An image that cannot be read, or a query that cannot be asked, is recorded in the column `error`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
+import pyarrow.parquet as parquet
+import torch
+import transformers
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from uground import tiny_checkpoint
+from uground.apps.annotation_inputs import ImageSource, open_source, read_queries
+from uground.checkpoint_loading import load_model, load_processor
+from uground.command_line import LOADING_DTYPES, RESUMABLE, one_line, run_command
+from uground.job_processes import job_state
+from uground.processing.image_reading import read_image
+from uground.processing.pipeline_uground import ReferringSegmentationPipeline, is_out_of_memory
+
+LAYER_RULES = ("argmax", "last", "sample", "mc")
+# Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.
+SETTINGS_FILE, EARLIER_SETTINGS_FILE = ".annotate.json", "annotate.json"
+# Failures in the closing line, and characters of each.
+FAILURES_SHOWN, REASON_SHOWN = 5, 200
+SEGMENT = pa.struct(
+    [
+        ("label", pa.string()),
+        ("score", pa.float32()),
+        ("box", pa.list_(pa.int32())),
+        ("layer", pa.int32()),
+        ("mask", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
+    ]
+)
+ROW = pa.schema(
+    [
+        ("image", pa.string()),
+        ("query_index", pa.int32()),
+        ("query", pa.string()),
+        ("answer", pa.string()),
+        ("segments", pa.list_(SEGMENT)),
+        ("error", pa.string()),
+    ]
+)
+
+
+def prefetch(numbers: Sequence[int], prepare: Callable[[int], object], ahead: int) -> Iterator:
+    """`prepare(number)` of each number in order, at most `ahead` of them computed or waiting at any time."""
+    waiting: deque = deque()
+    with ThreadPoolExecutor(max_workers=min(ahead, os.cpu_count() or 1)) as pool:
+        try:
+            for number in numbers:
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(prepare, number))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """
+    An image on its way to the model.
+
+    Attributes:
+        number: of the image.
+        places: of those of its queries that can be asked.
+        tensors: what the pipeline made of image and queries; None without queries.
+        errors: why the others cannot be asked, by place.
+    """
+
+    number: int
+    places: list[int]
+    tensors: dict | None
+    errors: dict[int, str]
+
+
+class Annotator:
+    """
+    Writes the shards of one process.
+
+    Args:
+        pipe: the pipeline, its settings given when it was made.
+        source, queries: images, and what is asked about each.
+        folder: where shards go.
+        batch_size: images that go through the model at a time.
+        ahead: images read and prepared ahead of the model.
+    """
+
+    def __init__(self, pipe, source: ImageSource, queries: list[list[str]], folder: Path, batch_size: int, ahead: int):
+        self.pipe, self.source, self.queries, self.folder = pipe, source, queries, folder
+        self.batch_size, self.ahead = batch_size, max(ahead, 1)
+        self.answered, self.refusal = 0, None
+
+    def write_shard(self, shard: int, numbers: Sequence[int], progress) -> None:
+        """
+        Ask about the images of these numbers; the file of the shard appears whole or not at all.
+
+        Raises:
+            ValueError: the model has answered nothing so far, and refuses all there is: this is no matter of an image.
+            MemoryError: not even a part of a batch fits into memory.
+        """
+        rows, batch = [], []
+        for image in prefetch(numbers, self._prepare, self.ahead):
+            rows += [self._row(image.number, place, error=error) for place, error in image.errors.items()]
+            if image.tensors is None:
+                progress.update()
+            else:
+                batch.append(image)
+            if len(batch) == self.batch_size:
+                rows += self._ask_all(batch, progress)
+                batch = []
+        rows += self._ask_all(batch, progress) if batch else []
+        if self.refusal is not None and not self.answered:
+            raise ValueError(f"the model answers nothing: {self.refusal}")
+        order = {number: place for place, number in enumerate(numbers)}
+        rows.sort(key=lambda row: (order[row["number"]], row["query_index"]))
+        table = pa.Table.from_pylist([{name: row[name] for name in ROW.names} for row in rows], schema=ROW)
+        partial = self.folder / f".{uuid.uuid4().hex}.partial"
+        parquet.write_table(table, partial)
+        partial.replace(shard_path(self.folder, shard))
+
+    def _prepare(self, number: int, places: Sequence[int] | None = None) -> PreparedImage:
+        """An image with its queries, or with those at some places."""
+        places = range(len(self.queries[number])) if places is None else places
+        try:
+            picture = read_image(self.source.read(number))
+        except Exception as error:  # a broken file leads decoders to errors of any kind
+            if is_out_of_memory(error):
+                raise
+            return PreparedImage(number, [], None, dict.fromkeys(places, one_line(error)))
+        return self._encode(number, picture, list(places))
+
+    def _encode(self, number: int, picture: Image.Image, places: list[int]) -> PreparedImage:
+        item = {"image": picture, "text": [self.queries[number][place] for place in places]}
+        try:
+            return PreparedImage(number, places, self.pipe.preprocess(item), {})
+        except (OSError, ValueError, TypeError) as error:
+            refused = PreparedImage(number, [], None, dict.fromkeys(places, one_line(error)))
+        if len(places) == 1:
+            return refused
+        # One query may be at fault: the others are asked without it.
+        errors = {}
+        for place in places:
+            errors |= self._encode(number, picture, [place]).errors
+        good = [place for place in places if place not in errors]
+        if not good or not errors:
+            return PreparedImage(number, [], None, errors or refused.errors)
+        kept = self._encode(number, picture, good)
+        return PreparedImage(number, kept.places, kept.tensors, errors | kept.errors)
+
+    def _ask_all(self, batch: list[PreparedImage], progress) -> list[dict]:
+        rows = self._ask(batch)
+        progress.update(len(batch))
+        progress.set_postfix_str(f"{sum(len(image.places) for image in batch)} queries a batch", refresh=False)
+        return rows
+
+    def _ask(self, batch: list[PreparedImage]) -> list[dict]:
+        """Rows of the answers; where the model refuses a batch, image by image, and then query by query."""
+        try:
+            results = self.pipe.run_batch([image.tensors for image in batch])
+        except (OSError, ValueError, TypeError) as error:
+            self.refusal = one_line(error)
+        else:
+            self.answered += len(batch)
+            pairs = zip(batch, results, strict=True)
+            return [
+                self._row(image.number, place, result)
+                for image, answers in pairs
+                for place, result in zip(image.places, answers, strict=True)
+            ]
+        if len(batch) > 1:
+            return [row for image in batch for row in self._ask([image])]
+        (image,) = batch
+        if len(image.places) == 1:
+            return [self._row(image.number, image.places[0], error=self.refusal)]
+        alone = [self._prepare(image.number, [place]) for place in image.places]
+        return [row for one in alone for row in self._ask([one])]
+
+    def _row(self, number: int, place: int, result: dict | None = None, error: str | None = None) -> dict:
+        return {
+            "number": number,
+            "image": storable(self.source.ids[number]),
+            "query_index": place,
+            "query": storable(self.queries[number][place]),
+            "answer": None if result is None else result["answer"],
+            "segments": [] if result is None else [_encode_segment(segment) for segment in result["segments"]],
+            "error": None if error is None else storable(error),
+        }
+
+
+def storable(text: str) -> str:
+    """A text with halves of characters written out: file names and queries may hold some, parquet takes none."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _encode_segment(segment: dict) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(np.asarray(segment["mask"]) > 0, dtype=np.uint8))
+    mask = {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+    return {**{name: segment[name] for name in ("label", "score", "box", "layer")}, "mask": mask}
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """File of a shard."""
+    return folder / f"part-{shard:08d}.parquet"
+
+
+def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespace], object]) -> Path:
+    """
+    Write what is missing of the output, on however many processes there are.
+
+    Args:
+        args: of [`build_parser`].
+        make_pipeline: loads the pipeline, once everything else was checked.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        OSError, ValueError: an argument does not fit, or the folder holds the output of other settings.
+    """
+    state, folder = job_state(), Path(args.output)
+    check_arguments(args)
+    source = open_source(args.input, args.split, args.image_column)
+    queries = read_queries(args.queries, source.ids)
+    numbers = [number for number, asked in enumerate(queries) if asked]
+    shards = [numbers[start : start + args.shard_size] for start in range(0, len(numbers), args.shard_size)]
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_settings(folder, _settings(args, source, queries))
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
+    state.wait_for_everyone()
+    missing = [shard for shard in range(len(shards)) if not shard_path(folder, shard).is_file()]
+    # Nobody may write before everybody has looked: all must see the same shards missing.
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    if mine:
+        annotator = Annotator(make_pipeline(args), source, queries, folder, args.batch_size, args.prefetch)
+        total = sum(len(shards[shard]) for shard in mine)
+        with tqdm(total=total, unit="image", disable=not state.is_local_main_process) as progress:
+            for shard in mine:
+                annotator.write_shard(shard, shards[shard], progress)
+    state.wait_for_everyone()
+    return folder
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: a number is out of its range, or `--layer-selection` is neither a rule nor a number.
+    """
+    for name in ("batch_size", "shard_size", "prefetch", "max_rows", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("threshold", "reject_threshold"):
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {value}")
+    selection = args.layer_selection
+    if selection is not None and selection not in LAYER_RULES and not selection.isdecimal():
+        raise ValueError(f"--layer-selection must be {', '.join(LAYER_RULES)} or a number, got {selection!r}")
+
+
+def _settings(args: argparse.Namespace, source: ImageSource, queries: list[list[str]]) -> dict:
+    """Everything that the rows depend on, for an interrupted run to be recognised."""
+    names = (
+        "input",
+        "split",
+        "shard_size",
+        "max_new_tokens",
+        "threshold",
+        "reject_threshold",
+        "layer_selection",
+        "dtype",
+    )
+    asked = json.dumps([source.ids, queries]).encode()
+    return {
+        **{name: getattr(args, name) for name in names},
+        "model": args.model or "uground-tiny",
+        "images_and_queries": hashlib.sha256(asked).hexdigest(),
+    }
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """
+    Note down how the output is made.
+
+    Raises:
+        ValueError: the folder holds the output of other settings.
+    """
+    path, earlier = folder / SETTINGS_FILE, folder / EARLIER_SETTINGS_FILE
+    found = next((file for file in (path, earlier) if file.is_file()), None)
+    if found is None:
+        if any(folder.glob("part-*.parquet")):
+            raise ValueError(f"--output {folder} holds parquet files of something else; choose another folder")
+        partial = folder / f".{uuid.uuid4().hex}.partial"
+        partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        partial.replace(path)
+        return
+    try:
+        before = dict(json.loads(found.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{found} must hold the settings of a job, but {one_line(error)}") from error
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"--output {folder} was begun with {name}={before.get(name)!r}, got {settings[name]!r}; "
+            f"choose another folder"
+        )
+    found.replace(path)
+
+
+def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
+    """The pipeline of a checkpoint on this process's device."""
+    path = args.model or tiny_checkpoint()
+    processor = load_processor(path)
+    model = load_model(path, dtype=args.dtype).to(job_state().device)
+    if args.compile:
+        model.compile_mask_path()
+    selection = args.layer_selection
+    selection = int(selection) if selection and selection.isdecimal() else selection
+    if isinstance(selection, int) and selection >= model.config.num_layers:
+        raise ValueError(f"--layer-selection must lie in 0..{model.config.num_layers - 1} for {path}, got {selection}")
+    scaling = model.config.similarity_scaling
+    if args.reject_threshold and scaling != "scaled":
+        raise ValueError(f"--reject-threshold needs a model with similarity_scaling='scaled', got {scaling!r}")
+    return ReferringSegmentationPipeline(
+        model=model,
+        processor=processor,
+        task="referring-segmentation",
+        max_new_tokens=args.max_new_tokens,
+        max_rows=args.max_rows,
+        layer_selection=selection,
+        threshold=args.threshold,
+        reject_threshold=args.reject_threshold,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of `python -m uground.apps.annotate`."""
+    usage, notes = __doc__.split("\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m uground.apps.annotate",
+        description=usage,
+        epilog=notes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", required=True, help="folder of images, image, saved dataset or Hub id")
+    parser.add_argument("--queries", required=True, help=".txt or .jsonl file")
+    parser.add_argument("--output", required=True, help="folder to write to, shared by all processes")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (default: the bundled tiny checkpoint)")
+    parser.add_argument("--split", help="split of a dataset")
+    parser.add_argument("--image-column", default="image", help="column of a dataset that holds the images")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
+    parser.add_argument("--max-rows", type=int, help="most queries at a time (default: the model's)")
+    parser.add_argument("--shard-size", type=int, default=256, help="images per file (default: %(default)s)")
+    parser.add_argument("--prefetch", type=int, default=16, help="images prepared ahead (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")
+    parser.add_argument("--threshold", type=float, default=0.0, help="leave out segments with a lower score in 0..1")
+    parser.add_argument(
+        "--reject-threshold", type=float, default=0.0, help="a query whose maps are all weaker, in 0..1, gets nothing"
+    )
+    parser.add_argument("--layer-selection", help="argmax, last, sample, mc or a number (default: the model's)")
+    parser.add_argument(
+        "--dtype", choices=LOADING_DTYPES, default="auto", help="precision (default: the checkpoint's)"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile SAM's encoder and decoder with torch.compile")
+    return parser
+
+
+def closing_line(folder: Path) -> str:
+    """How many rows there are, and which of them failed and why: the first few."""
+    files, rows, failed = sorted(folder.glob("part-*.parquet")), 0, 0
+    places: dict[tuple[str, str], list[int]] = {}
+    for path in files:
+        table = parquet.read_table(path, columns=["image", "query_index", "error"])
+        rows += len(table)
+        for row in table.filter(compute.is_valid(table["error"])).to_pylist():
+            failed += 1
+            places.setdefault((row["image"], row["error"]), []).append(row["query_index"])
+    line = f"{rows} rows in {len(files)} files in {folder}, {failed} of them failed"
+    shown = [
+        f"{image}{f' query_index {found[0]}' if len(found) == 1 else ''}: {error[:REASON_SHOWN]}"
+        for (image, error), found in list(places.items())[:FAILURES_SHOWN]
+    ]
+    more = len(places) - len(shown)
+    return f"{line}: {'; '.join(shown)}{f'; and {more} more' if more else ''}" if shown else line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, or 2 after an error, of which one line was written to stderr."""
+    args = build_parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return run_command("annotate", lambda: _run(args), RESUMABLE)
+
+
+def _run(args: argparse.Namespace) -> None:
+    folder = annotate(args, load_pipeline)
+    if job_state().is_main_process:
+        print(closing_line(folder))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the converters know of the layouts of others."""

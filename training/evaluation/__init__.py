@@ -1,0 +1,1 @@
+"""Measuring: predictions, protocols and counts, the store of a run, figures during training."""
