@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
 # Tests that depend on what libraries do; the rest depends on our code.
-LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loading modeling generation official_parity \
+LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loading modeling generation official_parity read_parity layer_states head_sam \
 	official_tokenizer processing pipeline trainer peft quantization merge_lora distributed hub_closure publish \
 	publish_trainer publish_data metrics_modules jsonl data_prepare scenes bundled main quiet))
 
