@@ -214,6 +214,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
+        if labels is not None and getattr(labels, "shape", None) != input_ids.shape:
+            got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else repr(labels)
+            raise ValueError(f"labels must have the shape {tuple(input_ids.shape)} of input_ids, got {got}")
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
         rows = self.prepare_rows(
@@ -372,11 +375,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """A layer for each of N segments, by number or by a rule."""
         num_layers, layer_index = self.config.num_layers, request.index
         if layer_index is not None:
-            if layer_index.shape != (count,):
-                raise ValueError(
-                    f"layer_index must name one layer for each of the {count} segments, "
-                    f"got shape {tuple(layer_index.shape)}"
-                )
+            is_tensor = isinstance(layer_index, torch.Tensor) and layer_index.dtype == torch.long
+            if not is_tensor or layer_index.shape != (count,):
+                got = f"shape {tuple(layer_index.shape)}" if is_tensor else repr(layer_index)
+                raise ValueError(f"layer_index must be int64, one layer for each of the {count} segments, got {got}")
             if len(layer_index) and not 0 <= layer_index.min() <= layer_index.max() < num_layers:
                 raise ValueError(f"layer_index must lie in 0..{num_layers - 1}, got {layer_index.tolist()}")
             layer_index = layer_index.to(device)
@@ -392,8 +394,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         selection = self.config.layer_selection if layer_selection is None else layer_selection
         check_layer_selection(selection, self.config.num_layers, self.config.layer_policy)
         samples = self.config.num_layer_samples if num_layer_samples is None else num_layer_samples
-        if samples < 1:
-            raise ValueError(f"num_layer_samples must be at least 1, got {samples}")
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"num_layer_samples must be at least 1, got {samples!r}")
         return selection, samples
 
     def _segment_token_id(self) -> int:

@@ -101,9 +101,10 @@ def prepare_rows(
         position_ids (`(B, T)`, *optional*): by default each token counts those before it; packed rows need them.
 
     Raises:
-        ValueError: packed rows without `position_ids`, or for an LMM that does not take their masks; or a row holds
-            another number of image tokens than one image has.
+        ValueError: shapes do not fit together; packed rows without `position_ids`, or for an LMM that does not take
+            their masks; or a row holds another number of image tokens than one image has.
     """
+    _check_rows(input_ids, attention_mask, position_ids)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     is_packed = attention_mask.dim() == 3
@@ -121,6 +122,19 @@ def prepare_rows(
     else:
         mask = attention_mask.scatter(1, columns, valid.to(attention_mask.dtype))
     return Rows(adapter, images, input_ids, mask, position_ids, image_index, columns)
+
+
+def _check_rows(input_ids, attention_mask, position_ids) -> None:
+    """Raise a `ValueError` unless ids are whole numbers `(B, T)`, and mask and positions belong to them."""
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be whole numbers (B, T), got {input_ids.dtype} of shape {shape}")
+    for name, value, allowed in (
+        ("attention_mask", attention_mask, (shape, (*shape, shape[1]))),
+        ("position_ids", position_ids, (shape,)),
+    ):
+        if value is not None and tuple(value.shape) not in allowed:
+            raise ValueError(f"{name} must have the shape {allowed[0]} of input_ids, got {tuple(value.shape)}")
 
 
 def image_token_columns(input_ids: torch.Tensor, image_token_id: int, num_image_tokens: int) -> torch.Tensor:

@@ -428,6 +428,17 @@ MISTAKES = {
     ),
     "no such fixed layer": ({"layer_selection": 5}, "layer_selection must lie in 0..4 for this model, got 5"),
     "no draws": ({"layer_selection": "mc", "num_layer_samples": 0}, "num_layer_samples must be at least 1, got 0"),
+    "draws in words": ({"num_layer_samples": "x"}, "num_layer_samples must be at least 1, got 'x'"),
+    "a layer that is no tensor": ({"layer_index": 3}, "one layer for each of the 3 segments, got 3"),
+    "labels that are no tensor": ({"labels": 5}, r"labels must have the shape \(3, \d+\) of input_ids, got 5"),
+    "labels of another length": ({"labels": torch.zeros(3, 2)}, r"labels must have the shape .*, got \(3, 2\)"),
+    "a mask of another length": (
+        {"attention_mask": torch.ones(3, 2)},
+        r"attention_mask must have the shape \(3, \d+\) of input_ids, got \(3, 2\)",
+    ),
+    "too few positions": ({"position_ids": torch.zeros(3, 2)}, r"position_ids must have the shape .*, got \(3, 2\)"),
+    "one channel": ({"pixel_values": torch.zeros(3, 1, 32, 32)}, "pixel_values must have 3 channels, got 1"),
+    "no size": ({"original_sizes": torch.tensor([[-1, 5]] * 3)}, "sizes of images must be at least 1"),
 }
 
 

@@ -34,7 +34,7 @@ def check_images(pixel_values, sam_pixel_values, *sizes) -> None:
         pixel_values (`(I, 3, h, w)`), sam_pixel_values (`(I, 3, S, S)`), sizes (each `(I, 2)`): of the processor.
 
     Raises:
-        ValueError: one has another number of axes, as stacking gives, or another number of images.
+        ValueError: one has another number of axes, as stacking gives, of images or of channels, or a size is no size.
     """
     frames = (pixel_values, sam_pixel_values)
     is_flat = all(frame.dim() == 4 for frame in frames) and all(size.dim() == 2 for size in sizes)
@@ -44,6 +44,11 @@ def check_images(pixel_values, sam_pixel_values, *sizes) -> None:
             "pixel_values and sam_pixel_values must have 4 axes, their sizes 2, and all as many images; outputs of "
             f"the processor are joined with torch.cat and not stacked, got shapes {shapes}"
         )
+    for name, frame in zip(("pixel_values", "sam_pixel_values"), frames, strict=True):
+        if frame.shape[1] != 3:
+            raise ValueError(f"{name} must have 3 channels, got {frame.shape[1]}")
+    if any((size < 1).any() for size in sizes):
+        raise ValueError(f"sizes of images must be at least 1, got {[size.tolist() for size in sizes]}")
 
 
 def check_queries(input_ids: torch.Tensor, image_index: torch.Tensor | None, num_images: int) -> None:
