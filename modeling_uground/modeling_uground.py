@@ -13,7 +13,7 @@ from .checkpoint_files import refuses_bad_config
 from .configuration_uground import MASK_HEADS, UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
 from .head_sam import mask_overlap
-from .image_rows import check_images, check_queries, resolve_image_index
+from .image_rows import check_images, check_labels, check_queries, resolve_image_index
 from .layer_policy import LayerChoice, LayerPolicy, draw_layers, log_probs_of, select_layers
 from .layer_states import ImageStates, states_at
 from .library_compat import CACHE_NAME
@@ -214,9 +214,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
-        if labels is not None and getattr(labels, "shape", None) != input_ids.shape:
-            got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else repr(labels)
-            raise ValueError(f"labels must have the shape {tuple(input_ids.shape)} of input_ids, got {got}")
+        check_labels(labels, input_ids)
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
         frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
         rows = self.prepare_rows(

@@ -79,4 +79,11 @@ def check_queries(input_ids: torch.Tensor, image_index: torch.Tensor | None, num
         )
 
 
-__all__ = ["check_images", "check_queries", "resolve_image_index"]
+def check_labels(labels: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+    """Raise a `ValueError` unless there is a label for each of `(B, T)` tokens, or none at all."""
+    if labels is not None and getattr(labels, "shape", None) != input_ids.shape:
+        got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else repr(labels)
+        raise ValueError(f"labels must have the shape {tuple(input_ids.shape)} of input_ids, got {got}")
+
+
+__all__ = ["check_images", "check_labels", "check_queries", "resolve_image_index"]
