@@ -205,7 +205,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
             layer states (or those of a list of layers) and attentions, which need `attn_implementation="eager"`.
             return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
-            kwargs: `num_items_in_batch`, which the text loss is divided by instead of the number of labels.
+            kwargs: `num_items_in_batch`, which divides the text loss instead of the number of labels.
 
         Raises:
             ValueError: an argument does not fit; see the sentence.
@@ -231,12 +231,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         request = LayerRequest(layer_index, layer_selection, num_layer_samples, layer_uniforms)
         found = self.decode_segments(segments, request)
         found |= further_outputs(outputs, CACHE_NAME, asked)
-        output = UGroundOutput(
-            loss=None if labels is None else self._text_loss(outputs.logits, labels, **kwargs),
-            logits=outputs.logits,
-            sam_embeddings=rows.images.sam_embeddings,
-            **found,
-        )
+        loss = None if labels is None else self._text_loss(outputs.logits, labels, **kwargs)
+        sam_embeddings = rows.images.sam_embeddings
+        output = UGroundOutput(loss=loss, logits=outputs.logits, sam_embeddings=sam_embeddings, **found)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def segments_of(self, rows: Rows, hidden_states: tuple[torch.Tensor, ...]) -> Segments:
