@@ -7,11 +7,6 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 
-def is_job_on_cpus() -> bool:
-    """Whether this is one of several processes on a machine that has nothing but a CPU."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-
-
 def job_state() -> PartialState:
     """
     This process's place and device in the job that it was started for.
@@ -19,4 +14,7 @@ def job_state() -> PartialState:
     `PartialState()` alone passes over a launcher's `--cpu`, and over machines that have nothing but a CPU: every
     process would take itself for the only one, and do the whole work.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or is_job_on_cpus())
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or (launched and not torch.accelerator.is_available())
+    )

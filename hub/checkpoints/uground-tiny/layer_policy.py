@@ -17,13 +17,14 @@ class LayerChoice:
 
     Attributes:
         index (`(N,)`, int64): the layer of each segment; under `"mc"` the one drawn most often.
-        log_probs (`(N,)`, float32): log π(index), differentiable with respect to the gates.
+        log_probs (`(N,)`, float32, *optional*): log π(index), differentiable with respect to the gates; `None` where
+            no policy was asked.
         draws (`(N, L+1)`, float32 or `None`): under `"mc"`, how often each layer was drawn, divided by the number
             of draws; `None` otherwise.
     """
 
     index: torch.Tensor
-    log_probs: torch.Tensor
+    log_probs: torch.Tensor | None
     draws: torch.Tensor | None = None
 
 
