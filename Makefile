@@ -4,8 +4,14 @@ VENV ?= .venv
 FLOOR ?= .venv-floor
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# What inference needs is installed, and, for the rest, what training and the tests need.
+USABLE := $(VENV)/.usable
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+# Of what pip prints, a line for every package and the end.
+NAMES := grep --line-buffered -E '^(Collecting|Successfully|ERROR|WARNING)'
 
 # Tests that depend on what libraries do; the rest depends on our code.
 LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loading modeling generation official_parity read_parity layer_states head_sam \
@@ -14,7 +20,8 @@ LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loadi
 
 .PHONY: demo test test-floor check bench fuzz style tiny-checkpoint clean
 
-demo: $(READY)
+demo: $(USABLE)
+	@echo '--- Asking the bundled model for "the small red boat" in examples/scene.png: about 15 seconds.'
 	$(BIN)/python -m uground examples/scene.png "the small red boat" --output overlay.png
 
 test: $(READY)
@@ -50,12 +57,15 @@ tiny-checkpoint: $(READY)
 	$(BIN)/python -m uground.hub.closure runs/tiny/finetuned --from-nothing --dataset scenes --license apache-2.0 \
 		--recipe recipes/tiny-presence.yaml
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(USABLE) $(READY): setup.py pyproject.toml constraints.txt
 $(FLOOR)/.ready: setup.py pyproject.toml constraints-floor.txt
-$(READY) $(FLOOR)/.ready:
+$(USABLE): EXTRAS :=
+$(READY) $(FLOOR)/.ready: EXTRAS := [test]
+$(USABLE) $(READY) $(FLOOR)/.ready:
+	@echo '--- Setting up $(@D), once: one to five minutes, 1.5 to 3 GB on disk.'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet -c $(filter constraints%,$^) -e '.[test]'
-	touch $@
+	$(@D)/bin/pip install --disable-pip-version-check -c $(filter constraints%,$^) -e '.$(EXTRAS)' | $(NAMES)
+	touch $(@D)/.usable $@
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build *.egg-info .pytest_cache .ruff_cache

@@ -11,21 +11,21 @@ RUNTIME = [
     "accelerate>=1.15",
     "numpy>=2.0",
     "pillow>=11.2.1",  # older ones paint other pixels of the same polygon, and so other scenes of the same seed
+    "pycocotools>=2.0.8",
 ]
 TRAINING = [
     "trl>=1.16",
     "peft>=0.21",
     "datasets>=5.2",
-    "evaluate>=0.4.2",  # older ones do not find the locks of datasets 5, when several processes measure
-    "pycocotools>=2.0.8",
     "scipy>=1.14",
     "tensorboard>=2.18",
     "pyyaml>=6.0.1",
-    "segment-anything>=1.0",
     "protobuf>=5.26",  # reads the sentencepiece models of LLaMA tokenizers
 ]
-QUANTIZATION = "bitsandbytes>=0.50"
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6.1", "packaging>=24.0"]
+# Only for the metrics as modules of that library.
+METRICS = ["evaluate>=0.4.2"]  # older ones do not find the locks of datasets 5, when several processes measure
+QUANTIZATION = ["bitsandbytes>=0.50"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6.1", "packaging>=24.0", "ruff>=0.9", "segment-anything>=1.0"]
 
 setup(
     packages=[
@@ -49,9 +49,11 @@ setup(
         "uground.processing": ["*.jinja"],
         "uground.hub": ["checkpoints/uground-tiny/*"],
     },
-    install_requires=RUNTIME + TRAINING,
+    install_requires=RUNTIME,
     extras_require={
-        "quantization": [QUANTIZATION],
-        "test": [*TESTS, "ruff>=0.9", QUANTIZATION],
+        "train": TRAINING,
+        "metrics": TRAINING + METRICS,
+        "quantization": QUANTIZATION,
+        "test": TRAINING + METRICS + QUANTIZATION + TESTS,
     },
 )
