@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 # Of what pip prints, a line for every package and the end.
-NAMES := grep --line-buffered -E '^(Collecting|Successfully|ERROR|WARNING)'
+NAMES := grep --line-buffered -E '^(Collecting|Successfully)'
 
 # Tests that depend on what libraries do; the rest depends on our code.
 LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loading modeling generation official_parity read_parity layer_states head_sam \
@@ -62,7 +62,7 @@ $(FLOOR)/.ready: setup.py pyproject.toml constraints-floor.txt
 $(USABLE): EXTRAS :=
 $(READY) $(FLOOR)/.ready: EXTRAS := [test]
 $(USABLE) $(READY) $(FLOOR)/.ready:
-	@echo '--- Setting up $(@D), once: one to five minutes, 1.5 to 3 GB on disk.'
+	@echo '--- Setting up $(@D), once: one to five minutes, 1 to 2 GB on disk (more where PyTorch brings CUDA).'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --disable-pip-version-check -c $(filter constraints%,$^) -e '.$(EXTRAS)' | $(NAMES)
 	touch $(@D)/.usable $@
