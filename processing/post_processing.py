@@ -1,15 +1,19 @@
 """From what the model returns to what a user wants: masks in image pixels, scores, boxes, labels."""
 
+from functools import lru_cache
+
 import torch
-from torch import nn
+from torch.nn import functional as F
 
 from .answer_labels import decode_answer, label_segments, recover_query
 from .argument_checks import check_number
 
 # Low-resolution mask logits live at 1/4 of the SAM frame.
 FRAME_SCALE = 4
-# Masks brought to image size at a time: at the frame of 1024 pixels each takes 4 MiB on the way.
+# Masks whose logits are at image size at a time: of 12 megapixels each takes 48 MB there.
 MASKS_AT_ONCE = 8
+# Matrices kept: at 4,000 pixels and 256 cells one takes 4 MB.
+REMEMBERED = 64
 # Fields of the outputs that are read: of the batch, and of its N segments.
 BATCH_FIELDS = ("sequences", "prompt_length", "image_index", "sam_valid_sizes", "original_sizes")
 SEGMENT_FIELDS = ("segment_row", "layer_index", "mask_logits", "iou_scores", "token_scores")
@@ -18,7 +22,7 @@ SEGMENT_FIELDS = ("segment_row", "layer_index", "mask_logits", "iou_scores", "to
 def post_process_masks(mask_logits, sam_valid_sizes, original_sizes) -> list[torch.Tensor]:
     """
     Bring low-resolution mask logits to the size of their images, as SAM does: bilinear to the SAM frame, crop the
-    padding away, bilinear to the image.
+    padding away, bilinear to the image. Both steps are linear along each axis, and done as one matrix per axis.
 
     Args:
         mask_logits: I entries, one per image, of shape `(h, w)` or `(n, h, w)`, at 1/4 of the SAM frame. A list of
@@ -207,14 +211,26 @@ def _finish_segments(fields: dict, valid_hw, image_hw, mask_threshold: float) ->
 
 def _to_image_size(logits: torch.Tensor, valid_hw: tuple[int, int], image_hw: tuple[int, int]) -> torch.Tensor:
     """`(n, h, w)` logits at 1/4 of the SAM frame to `(n, H, W)` float32."""
-    frame = [side * FRAME_SCALE for side in logits.shape[-2:]]
+    cells_hw = tuple(logits.shape[-2:])
+    frame = tuple(cells * FRAME_SCALE for cells in cells_hw)
     if not (0 < valid_hw[0] <= frame[0] and 0 < valid_hw[1] <= frame[1]):
-        raise ValueError(f"sam_valid_sizes must lie within the SAM frame of {tuple(frame)}, got {valid_hw}")
-    if not len(logits):
-        return logits.new_zeros((0, *image_hw), dtype=torch.float32)
-    logits = nn.functional.interpolate(logits[:, None].float(), frame, mode="bilinear", align_corners=False)
-    logits = logits[..., : valid_hw[0], : valid_hw[1]]
-    return nn.functional.interpolate(logits, image_hw, mode="bilinear", align_corners=False)[:, 0]
+        raise ValueError(f"sam_valid_sizes must lie within the SAM frame of {frame}, got {valid_hw}")
+    rows, columns = (
+        _axis_matrix(*lengths).to(logits.device) for lengths in zip(cells_hw, valid_hw, image_hw, strict=True)
+    )
+    with torch.autocast(logits.device.type, enabled=False):
+        return rows @ logits.float() @ columns.mT
+
+
+@lru_cache(REMEMBERED)
+def _axis_matrix(cells: int, valid: int, length: int) -> torch.Tensor:
+    """
+    Along one axis, `(length, cells)`: what becomes of each cell, found by resizing the identity. The frames of the
+    model, `image_frames.grid_to_image`, give the same matrix from the frame's kind and side.
+    """
+    identity = torch.eye(cells)[None, None]
+    pixels = F.interpolate(identity, (cells * FRAME_SCALE, cells), mode="bilinear", align_corners=False)
+    return F.interpolate(pixels[:, :, :valid], (length, cells), mode="bilinear", align_corners=False)[0, 0]
 
 
 def _sizes_per_query(original_sizes, target_sizes, image_index: list[int]) -> list[tuple[int, int]]:

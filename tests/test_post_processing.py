@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from tiny_processor import gradient_image, tiny_processor
+from torch.nn import functional as F
 
+from uground.modeling_uground.image_frames import ImageFrame, apply_matrices, grid_to_image
 from uground.processing import masks_to_boxes, post_process_masks, segment_scores
 from uground.processing.answer_labels import decode_answer, label_segments, recover_query
 
@@ -50,6 +52,20 @@ def test_low_resolution_becomes_frame_then_crop_then_image():
     assert torch.allclose(full, expected.expand(8, 12), atol=1e-5)
     (halved,) = post_process_masks(ramp[None], torch.tensor([[8, 12]]), torch.tensor([[4, 6]]))
     assert torch.allclose(halved[0], expected.view(6, 2).mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("image_hw", [(30, 40), (480, 640), (1, 90), (700, 20), (64, 64), (1, 1)])
+def test_same_change_of_pixels_as_the_frames_of_the_model(image_hw):
+    """Also with half-precision logits: both reckon in float32."""
+    frame = ImageFrame("letterbox", 64)
+    valid_hw = tuple(end for _, end in frame.windows(image_hw))
+    logits = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    (full,) = post_process_masks(logits[None], [valid_hw], [image_hw])
+    assert full.dtype == torch.float32
+    by_frame = apply_matrices(logits, *grid_to_image((16, 16), frame, image_hw))
+    assert torch.allclose(full, by_frame, atol=1e-6)
+    in_frame = F.interpolate(logits[None].float(), (64, 64), mode="bilinear")[..., : valid_hw[0], : valid_hw[1]]
+    assert torch.allclose(full, F.interpolate(in_frame, image_hw, mode="bilinear")[0], atol=1e-5)
 
 
 def test_chunks_equal_the_loop_and_images_keep_their_sizes():
