@@ -8,6 +8,7 @@ import transformers
 
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import adapter_base, check_model_files, reason_of
+from uground.modeling_uground.lmm_families import lmm_adapter
 from uground.processing import UGroundProcessor
 from uground.processing.image_processors import frame_of
 from uground.processing.processor_files import check_prompt_format
@@ -149,11 +150,12 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> No
         raise ValueError(
             f"{source}: the tokenizer has {len(processor.tokenizer)} tokens, the vocabulary of the model {vocabulary}"
         )
-    vision = config.lmm_config.vision_config
+    adapter = lmm_adapter(config.lmm_config, config.image_frame)
+    side = adapter.frame.side
     sizes = (
-        ("image_processor", frame_of(processor.image_processor)[1], vision.image_size),
+        ("image_processor", frame_of(processor.image_processor)[1], side),
         ("sam_image_processor", frame_of(processor.sam_image_processor)[1], config.frame_size),
-        ("patch_size", processor.patch_size, vision.patch_size),
+        ("patch_size", processor.patch_size, side // adapter.token_grid_hw[0]),
     )
     for name, said, expected in sizes:
         if said != expected:

@@ -29,6 +29,7 @@ importlib.machinery.PathFinder.find_spec = find_spec
 """
 TRAIN = {name: name for name in ("trl", "peft", "datasets", "scipy", "tensorboard")}
 METRICS = {"evaluate": "evaluate"}
+INSTALL = 'pip install -e ".[train]"'
 
 
 @pytest.fixture
@@ -67,9 +68,7 @@ def test_inference_needs_no_extra(run_without, tmp_path):
 def test_commands_name_their_extra(run_without, command):
     ran = run_without({"trl": "trl", "peft": "peft"}, "-m", f"uground.{command}", "--help")
     part = command.split(".")[0]
-    said = (
-        f'uground: error: uground.{part} needs packages that are not installed (trl, peft): pip install -e ".[train]"'
-    )
+    said = f"uground: error: uground.{part} needs packages that are not installed (trl, peft): {INSTALL}"
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", said + "\n")
 
 
