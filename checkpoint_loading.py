@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -91,7 +92,7 @@ def load_processor(path: str | os.PathLike) -> UGroundProcessor:
     return processor
 
 
-def load_model(path: str | os.PathLike, **settings) -> UGroundForReferringSegmentation:
+def load_model(path: str | os.PathLike, **settings: Any) -> UGroundForReferringSegmentation:
     """
     The model of a checkpoint, in inference mode; for the folder of an adapter, its base with the adapter on.
 
@@ -125,7 +126,7 @@ def _load_weights(path: str | os.PathLike, **settings) -> UGroundForReferringSeg
         transformers.logging.set_verbosity(level)
 
 
-def check_pair(config: UGroundConfig, processor: UGroundProcessor, source) -> None:
+def check_pair(config: UGroundConfig, processor: UGroundProcessor, source: object) -> None:
     """
     Compare what the configuration of a model says with what its processor says.
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from safetensors import SafetensorError
 
@@ -49,7 +50,7 @@ def one_line(error: BaseException) -> str:
 class CommandParser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{self.prog.rpartition('.')[2]}: error: {message}\n")
 
 

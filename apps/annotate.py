@@ -115,12 +115,20 @@ class Annotator:
         ahead: images read and prepared ahead of the model.
     """
 
-    def __init__(self, pipe, source: ImageSource, queries: list[list[str]], folder: Path, batch_size: int, ahead: int):
+    def __init__(
+        self,
+        pipe: ReferringSegmentationPipeline,
+        source: ImageSource,
+        queries: list[list[str]],
+        folder: Path,
+        batch_size: int,
+        ahead: int,
+    ):
         self.pipe, self.source, self.queries, self.folder = pipe, source, queries, folder
         self.batch_size, self.ahead = batch_size, max(ahead, 1)
         self.answered, self.refusal = 0, None
 
-    def write_shard(self, shard: int, numbers: Sequence[int], progress) -> None:
+    def write_shard(self, shard: int, numbers: Sequence[int], progress: tqdm) -> None:
         """
         Ask about the images of these numbers; the file of the shard appears whole or not at all.
 

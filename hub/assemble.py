@@ -10,13 +10,15 @@ so that memory never holds more than one file of either side.
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, SamConfig
+from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase, SamConfig
 
 from uground.command_line import DTYPES, run_command, seed_number
 from uground.hub.convert.official_tokenizer import IMAGE, REJECT, SEGMENT
@@ -180,7 +182,7 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
     )
 
 
-def read_tokenizer(folder: Path, lmm_config: LlavaConfig):
+def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTokenizerBase, int]:
     """
     The tokenizer of a LLaVA with `[SEG]` and `[REJ]` added, and how many tokens it had before.
 
@@ -211,7 +213,7 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig):
     return tokenizer, num_old
 
 
-def open_sam(source: str):
+def open_sam(source: str) -> Any:
     """
     Configuration and weights of a SAM, and the function that renames its tensors.
 
@@ -244,7 +246,14 @@ def _dtype_of(lmm_weights: WeightFiles) -> torch.dtype:
     return torch.get_default_dtype() if embeddings is None else lmm_weights.dtype_of(embeddings)
 
 
-def plan_parts(model, lmm_weights: WeightFiles, sam_weights: WeightFiles, rename_sam, num_old: int, num_tokens: int):
+def plan_parts(
+    model: UGroundForReferringSegmentation,
+    lmm_weights: WeightFiles,
+    sam_weights: WeightFiles,
+    rename_sam: Callable[[str], str] | None,
+    num_old: int,
+    num_tokens: int,
+) -> list[Part]:
     """
     What comes from the LLaVA and what from the SAM; both are complete and both are used up.
 

@@ -1,8 +1,9 @@
 """Configuration of UGround: an LMM trunk, a SAM, and the settings of what lies between them."""
 
 import copy
+import os
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, SamConfig
@@ -243,7 +244,7 @@ class UGroundConfig(PreTrainedConfig):
                 raise ValueError(f"{name} and {same[0]} must differ, got {value} for both")
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is older than the tested."""
         installed = transformers.__version__
         if _minor_version(installed) < _minor_version(TESTED_TRANSFORMERS):
@@ -261,7 +262,7 @@ class UGroundConfig(PreTrainedConfig):
             raise ValueError(f"config.json cannot be used ({reason_of(error)})") from error
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_pretrained`; what is wrong with a `config.json` is said with its place."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -275,7 +276,7 @@ class UGroundConfig(PreTrainedConfig):
     def _dict_from_json_file(cls, json_file):
         return cls._decode_special_floats(read_json_object(json_file))
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like `PreTrainedConfig.save_pretrained`, stamped with the version of the code that goes with it."""
         self.uground_version = CODE_VERSION
         # What was loaded from a repository names that repository here; the copy has its own.
@@ -327,7 +328,7 @@ class UGroundConfig(PreTrainedConfig):
         return PointSettings(self.num_points, self.point_thresholds, self.point_downsample)
 
     @classmethod
-    def for_system(cls, system: str, **settings) -> "UGroundConfig":
+    def for_system(cls, system: str, **settings: Any) -> "UGroundConfig":
         """
         The settings of a published system.
 
@@ -346,7 +347,7 @@ class UGroundConfig(PreTrainedConfig):
             raise ValueError(f"{', '.join(given)} need the prompt 'points', but {system} has {chosen['prompts']}")
         return cls(**chosen)
 
-    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""
         return self.lmm_config.get_text_config(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Writing the answer and reading the segment states while it is written: one pass, no second forward."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,7 +14,7 @@ from transformers import (
 
 from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
 from .layer_states import WrittenStates
-from .output_uground import UGroundSegmentation, join_segmentations
+from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
 from .query_rows import Rows
 from .segment_tokens import LayerRequest, Segments
 from .shared_prefix import SharedPrefix, continue_prefixes, find_prefix
@@ -49,7 +50,7 @@ class WrittenAnswers:
 class SegmentGenerationMixin(GenerationMixin):
     """`segment` and `generate` of [`UGroundForReferringSegmentation`]."""
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
         """Generation runs in the LMM, which prepares its own inputs."""
         return self.lmm.prepare_inputs_for_generation(*args, **kwargs)
 
@@ -64,10 +65,10 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_pixel_values: torch.Tensor | None = None,
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        image_embeddings=None,
+        image_embeddings: UGroundImageEmbeddings | None = None,
         inputs: torch.Tensor | None = None,
-        **generate_kwargs,
-    ):
+        **generate_kwargs: Any,
+    ) -> Any:
         """
         Write the answers only, as the LMM's own `generate` does; see [`segment`] for masks.
 
@@ -104,12 +105,12 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_pixel_values: torch.Tensor | None = None,
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        image_embeddings=None,
+        image_embeddings: UGroundImageEmbeddings | None = None,
         layer_selection: str | int | None = None,
         num_layer_samples: int | None = None,
         max_rows: int | None = None,
         prefix: SharedPrefix | None = None,
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ) -> UGroundSegmentation:
         """
         Write an answer to every query and decode a mask for each segment token written.
@@ -154,7 +155,12 @@ class SegmentGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def read_prefix(
-        self, input_ids, attention_mask, image_index, image_embeddings, known: SharedPrefix | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        image_embeddings: UGroundImageEmbeddings,
+        known: SharedPrefix | None = None,
     ) -> SharedPrefix | None:
         """
         Let the LMM read what rows begin with, up to the last image token, for [`segment`] to go on from.
@@ -173,13 +179,13 @@ class SegmentGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def write_answers(
         self,
-        input_ids,
-        attention_mask,
-        image_index,
-        image_embeddings,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        image_embeddings: UGroundImageEmbeddings,
         prefix: SharedPrefix | None = None,
         layers: list[int] | None = None,
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ) -> WrittenAnswers:
         """
         The first half of [`segment`]: write, and keep the layer states that masks are read from.

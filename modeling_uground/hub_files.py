@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_imports
@@ -26,7 +27,7 @@ class HubFilesMixin(CheckpointFilesMixin):
 
     revision: str | None = None
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
         super().save_pretrained(save_directory, *args, **kwargs)
         for weights in Path(save_directory).glob("*.safetensors"):

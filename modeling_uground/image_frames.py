@@ -103,7 +103,10 @@ def _grid_to_image(grid: int, side: int, window: tuple[int, int], length: int) -
 
 
 def grid_to_image(
-    grid_hw: tuple[int, int], frame: ImageFrame, image_hw: tuple[int, int], windows=None
+    grid_hw: tuple[int, int],
+    frame: ImageFrame,
+    image_hw: tuple[int, int],
+    windows: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     From a grid that covers a frame evenly to the pixels of the image: bilinear to the frame, out of it what is image,
@@ -142,7 +145,7 @@ def grid_to_grid(
     frame: ImageFrame,
     image_hw: tuple[int, int],
     other: ImageFrame,
-    windows=None,
+    windows: tuple[tuple[int, int], tuple[int, int]] | None = None,
     mode: str = "antialias",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """

@@ -3,8 +3,11 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from .attention_parts import is_flash
@@ -68,41 +71,41 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Number of tokens that the LMM knows, also after [`resize_token_embeddings`]."""
         return self.config.get_text_config().vocab_size
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.lmm.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.lmm.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lmm.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lmm.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self):
+    def get_decoder(self) -> nn.Module:
         """The language model of the LMM."""
         return self.lmm.get_decoder()
 
-    def set_decoder(self, decoder):
+    def set_decoder(self, decoder: nn.Module) -> None:
         self.lmm.set_decoder(decoder)
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """Of words only: encoders of images that are frozen would build a graph for nothing."""
         decoder = self.lmm.get_decoder()
         # Once, however often it is asked for: only the hooks of the last time are known to be taken back.
         decoder.disable_input_require_grads()
         decoder.enable_input_require_grads()
 
-    def disable_input_require_grads(self):
+    def disable_input_require_grads(self) -> None:
         """Take back [`enable_input_require_grads`]."""
         self.lmm.get_decoder().disable_input_require_grads()
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
         return self.lmm.resize_token_embeddings(*args, **kwargs)
 
-    def compile_mask_path(self, **options) -> "UGroundForReferringSegmentation":
+    def compile_mask_path(self, **options: Any) -> "UGroundForReferringSegmentation":
         """
         Compile SAM's image encoder and mask decoder in place with `torch.compile`; the first calls then take longer.
 
@@ -125,7 +128,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         input_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
-        **queries,
+        **queries: Any,
     ) -> UGroundImageEmbeddings:
         """
         Encode images once; hand the result to `forward` or `segment` as `image_embeddings=` for any number of queries.
@@ -180,7 +183,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> UGroundOutput | tuple:
         """
         Teacher-forced pass: a mask for every segment token in `input_ids`.

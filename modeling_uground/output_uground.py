@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -139,7 +140,12 @@ class UGroundSegmentation(SegmentFields, AnswerFields):
     original_sizes: torch.Tensor | None = None
 
 
-def asked_outputs(config, use_cache, output_hidden_states, output_attentions) -> dict:
+def asked_outputs(
+    config: PreTrainedConfig,
+    use_cache: bool | None,
+    output_hidden_states: bool | int | list[int] | None,
+    output_attentions: bool | None,
+) -> dict:
     """
     Which further fields a forward shall return: `cache`, `hidden_states`, `attentions`.
 

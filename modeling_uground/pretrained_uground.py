@@ -1,7 +1,9 @@
 """The base class of our models: how weights begin, and how a checkpoint is loaded or refused."""
 
 import copy
+import os
 import re
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -72,7 +74,13 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         return self.__dict__.copy()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """
         Like `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit the model exactly is refused.
 
@@ -110,7 +118,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
         super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
 
@@ -133,7 +141,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         )
 
 
-def keep_mask_path(quantization_config):
+def keep_mask_path(quantization_config: Any) -> Any:
     """A copy of a quantisation config (object or `dict`) that leaves out what is never quantised."""
     chosen = copy.deepcopy(quantization_config)
     if isinstance(chosen, dict):

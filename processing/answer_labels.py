@@ -2,6 +2,8 @@
 
 import re
 
+from transformers import ProcessorMixin
+
 from .prompt_format import PLACEHOLDER, PromptFormat
 
 # Words in front of a phrase that name nothing: "Sure, the tree is [SEG]", "… and whatever can swim is [SEG]".
@@ -20,7 +22,7 @@ POINTERS = re.compile(
 )
 
 
-def decode_answer(processor, written_ids: list[int]) -> str:
+def decode_answer(processor: ProcessorMixin, written_ids: list[int]) -> str:
     """
     The text of what was written, up to the end of the sequence: without end, beginning and padding tokens, with
     segment and reject tokens.
@@ -36,7 +38,7 @@ def decode_answer(processor, written_ids: list[int]) -> str:
     return re.sub(rf"({marks})\s+(?=[.,;:!?)]|$)", r"\1", text).strip()
 
 
-def recover_query(processor, prompt_ids: list[int]) -> str:
+def recover_query(processor: ProcessorMixin, prompt_ids: list[int]) -> str:
     """
     The last query of a prompt, found as what the chat template does not write itself; `""` if the prompt is not of
     the template's form.

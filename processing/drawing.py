@@ -4,6 +4,7 @@ import colorsys
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 # Shorter panels are enlarged, so that small images and their labels can be read.
@@ -59,7 +60,12 @@ def draw_overlay(image: Image.Image, segments: list[dict], min_side: int = MIN_P
     return panel
 
 
-def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANEL_SIDE, box=None) -> Image.Image:
+def draw_similarity(
+    image: Image.Image,
+    similarity_map: np.ndarray | torch.Tensor,
+    min_side: int = MIN_PANEL_SIDE,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
     """
     Show a similarity map as a heat map over its image, in grey.
 
@@ -87,7 +93,7 @@ def draw_similarity(image: Image.Image, similarity_map, min_side: int = MIN_PANE
     return grey
 
 
-def draw_result(image: Image.Image, results, min_side: int = MIN_PANEL_SIDE) -> Image.Image:
+def draw_result(image: Image.Image, results: dict | list[dict], min_side: int = MIN_PANEL_SIDE) -> Image.Image:
     """
     One row per query: the overlay with the answer below it, and beside it the similarity map of each segment.
 

@@ -7,6 +7,7 @@
 """
 
 import numpy as np
+from transformers import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
@@ -57,7 +58,7 @@ MAKERS = {
 }
 
 
-def make_image_processor(frame: str, size: int):
+def make_image_processor(frame: str, size: int) -> BaseImageProcessor:
     """The image processor of a frame, `"letterbox"`, `"centre_crop"` or `"stretch"`, of `size` pixels."""
     if frame not in MAKERS:
         raise ValueError(f"image_frame must be one of {', '.join(MAKERS)}, got {frame!r}")
@@ -71,7 +72,7 @@ def type_of(name: str) -> str:
     return name
 
 
-def on_pil(image_processor, name: str):
+def on_pil(image_processor: BaseImageProcessor, name: str) -> BaseImageProcessor:
     """
     The same image processor on the PIL back-end.
 
@@ -93,7 +94,7 @@ def on_pil(image_processor, name: str):
     return found
 
 
-def frame_of(image_processor, name: str = "image_processor") -> tuple[str, int]:
+def frame_of(image_processor: BaseImageProcessor, name: str = "image_processor") -> tuple[str, int]:
     """
     What an image processor makes of an image: the kind of frame, and its side in pixels.
 
@@ -116,7 +117,7 @@ def frame_of(image_processor, name: str = "image_processor") -> tuple[str, int]:
     return kind, sides.pop()
 
 
-def read_frames(image_processor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
+def read_frames(image_processor: BaseImageProcessor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
     """
     Frames of pictures.
 

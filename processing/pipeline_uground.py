@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterable, Mapping, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class ReferringSegmentationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_video_processor = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("a referring-segmentation pipeline needs a processor, got processor=None")
@@ -61,7 +62,15 @@ class ReferringSegmentationPipeline(Pipeline):
         self.warns_of_cut = True
         _check_loader(self._batch_size, self._num_workers)
 
-    def __call__(self, inputs=None, text=None, *, image=None, images=None, **kwargs):
+    def __call__(
+        self,
+        inputs: Any = None,
+        text: str | list[str] | None = None,
+        *,
+        image: Any = None,
+        images: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         Args:
             inputs: an image, or a list of images, with `text`; without it, `{"image": …, "text": …}`, or a list,
@@ -123,7 +132,7 @@ class ReferringSegmentationPipeline(Pipeline):
         forward.update(given.get("generate_kwargs", {}))
         return {}, forward, {name: given[name] for name in POSTPROCESS_ARGUMENTS if name in given}
 
-    def preprocess(self, input_, **preprocess_parameters):
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
         """Tensors of one item: one image with its queries."""
         if not isinstance(input_, Mapping) or set(input_) != {"image", "text"}:
             got = sorted(input_) if isinstance(input_, Mapping) else type(input_).__name__
@@ -165,8 +174,13 @@ class ReferringSegmentationPipeline(Pipeline):
             raise MemoryError(f"half a batch, {rows} queries, does not fit into memory; lower {lower}") from error
 
     def postprocess(
-        self, model_outputs, threshold=0.0, mask_threshold=0.0, reject_threshold=0.0, return_similarity=False
-    ):
+        self,
+        model_outputs: dict,
+        threshold: float = 0.0,
+        mask_threshold: float = 0.0,
+        reject_threshold: float | None = 0.0,
+        return_similarity: bool = False,
+    ) -> list[dict]:
         """Results of every item of a batch, nested as the items were."""
         queries = self._plain_queries(model_outputs["queries"])
         if reject_threshold and self.model.config.similarity_scaling != "scaled":
@@ -200,7 +214,7 @@ class ReferringSegmentationPipeline(Pipeline):
             start += count
         return nested
 
-    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+    def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict) -> Any:
         """One item, by the same way as a batch of items."""
         batch = self._collate([self.preprocess(inputs, **preprocess_params)])
         return self.postprocess(self.forward(batch, **forward_params), **postprocess_params)[0]
@@ -211,8 +225,14 @@ class ReferringSegmentationPipeline(Pipeline):
         return self.postprocess(outputs, **self._postprocess_params)
 
     def get_iterator(
-        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
-    ):
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Any:
         """
         Results item by item, computed batch by batch.
 
@@ -229,7 +249,7 @@ class ReferringSegmentationPipeline(Pipeline):
         for batch in loader:
             yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model, processor and code, so that `pipeline("referring-segmentation", model=save_directory)` works."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)

@@ -1,9 +1,12 @@
 """From what the model returns to what a user wants: masks in image pixels, scores, boxes, labels."""
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import ProcessorMixin
 
 from .answer_labels import decode_answer, label_segments, recover_query
 from .argument_checks import check_number
@@ -19,7 +22,11 @@ BATCH_FIELDS = ("sequences", "prompt_length", "image_index", "sam_valid_sizes", 
 SEGMENT_FIELDS = ("segment_row", "layer_index", "mask_logits", "iou_scores", "token_scores")
 
 
-def post_process_masks(mask_logits, sam_valid_sizes, original_sizes) -> list[torch.Tensor]:
+def post_process_masks(
+    mask_logits: torch.Tensor | list[torch.Tensor],
+    sam_valid_sizes: torch.Tensor | list[tuple[int, int]],
+    original_sizes: torch.Tensor | list[tuple[int, int]],
+) -> list[torch.Tensor]:
     """
     Bring low-resolution mask logits to the size of their images, as SAM does: bilinear to the SAM frame, crop the
     padding away, bilinear to the image. Both steps are linear along each axis, and done as one matrix per axis.
@@ -100,7 +107,12 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def post_process_segments(
-    processor, outputs, threshold: float = 0.0, mask_threshold: float = 0.0, target_sizes=None, queries=None
+    processor: ProcessorMixin,
+    outputs: Mapping[str, Any],
+    threshold: float = 0.0,
+    mask_threshold: float = 0.0,
+    target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    queries: list[str] | None = None,
 ) -> list[dict]:
     """
     Answers and segments, query by query.

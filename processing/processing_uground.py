@@ -1,10 +1,13 @@
 """The processor of UGround: images and queries to tensors for the model, its outputs to answers and masks."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
 from .image_reading import read_image
@@ -74,14 +77,14 @@ class UGroundProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        sam_image_processor=None,
-        tokenizer=None,
-        patch_size=14,
-        segment_token="[SEG]",
-        reject_token="[REJ]",
-        image_token="<image>",
-        chat_template=None,
+        image_processor: BaseImageProcessor | None = None,
+        sam_image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        patch_size: int = 14,
+        segment_token: str = "[SEG]",
+        reject_token: str | None = "[REJ]",
+        image_token: str = "<image>",
+        chat_template: str | None = None,
     ):
         image_processor = on_pil(image_processor, "image_processor")
         sam_image_processor = on_pil(sam_image_processor, "sam_image_processor")
@@ -110,7 +113,7 @@ class UGroundProcessor(ProcessorMixin):
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
         Like `ProcessorMixin.from_pretrained`.
 
@@ -149,7 +152,7 @@ class UGroundProcessor(ProcessorMixin):
         check_length(tokenizer)
         return [*(IMAGE_PROCESSORS[saved_type(setting)](**{**setting, **changed}) for setting in settings), tokenizer]
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """
         As in transformers; the texts that it hands on to be read count as whole prompts, of whatever template.
 
@@ -169,7 +172,15 @@ class UGroundProcessor(ProcessorMixin):
                 raise
             raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
-    def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list | None = None,
+        answers: str | list | None = None,
+        *,
+        is_prompt: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """
         Args:
             images: one image or a list, of anything [`read_image`] takes. Without images, `text` is read as it is,
@@ -255,7 +266,7 @@ class UGroundProcessor(ProcessorMixin):
         """What the LMM sees of an image, as `config.image_frame` of its model says it."""
         return frame_of(self.image_processor)[0]
 
-    def check_token_ids(self, config) -> None:
+    def check_token_ids(self, config: PreTrainedConfig) -> None:
         """Refuse a model with other ids or another frame, see [`prompt_format.check_token_ids`]."""
         check_token_ids(config, self)
 
@@ -273,12 +284,22 @@ class UGroundProcessor(ProcessorMixin):
             "original_sizes",
         ]
 
-    def post_process_masks(self, mask_logits, sam_valid_sizes, original_sizes) -> list[torch.Tensor]:
+    def post_process_masks(
+        self,
+        mask_logits: torch.Tensor | list[torch.Tensor],
+        sam_valid_sizes: torch.Tensor | list[tuple[int, int]],
+        original_sizes: torch.Tensor | list[tuple[int, int]],
+    ) -> list[torch.Tensor]:
         """Mask logits at image size, see [`post_processing.post_process_masks`]."""
         return post_process_masks(mask_logits, sam_valid_sizes, original_sizes)
 
     def post_process_instance_segmentation(
-        self, outputs, threshold=0.0, mask_threshold=0.0, target_sizes=None, queries=None
+        self,
+        outputs: Mapping[str, Any],
+        threshold: float = 0.0,
+        mask_threshold: float = 0.0,
+        target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        queries: list[str] | None = None,
     ) -> list[dict]:
         """Answers, masks, scores, boxes and labels per query, see [`post_processing.post_process_segments`]."""
         return post_process_segments(self, outputs, threshold, mask_threshold, target_sizes, queries)

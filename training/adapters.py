@@ -1,13 +1,15 @@
 """LoRA and QLoRA through peft: what is adapted, what is trained in full beside it, and what is never quantised."""
 
 import re
+from collections.abc import Collection
 from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from uground.modeling_uground.pretrained_uground import MASK_PATH, NEVER_QUANTIZED
+from uground.processing import UGroundProcessor
 
 # Of the language model only, as in the official scripts.
 OFFICIAL_TARGETS = ("q_proj", "v_proj")
@@ -17,7 +19,13 @@ QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
 def lora_config(
-    model, processor, rank: int, alpha: int = 16, dropout: float = 0.05, targets=OFFICIAL_TARGETS, frozen=()
+    model: PreTrainedModel,
+    processor: UGroundProcessor,
+    rank: int,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    targets: list[str] | str | None = OFFICIAL_TARGETS,
+    frozen: Collection[str] = (),
 ) -> LoraConfig:
     """
     What peft is to adapt in a UGround model.
@@ -58,7 +66,7 @@ def lora_config(
     )
 
 
-def trained_in_full(model) -> list[str]:
+def trained_in_full(model: PreTrainedModel) -> list[str]:
     """Names of the modules that are trained whole beside an adapter: what turns layer states into masks."""
     names = []
     for part in MASK_PATH:
@@ -68,12 +76,12 @@ def trained_in_full(model) -> list[str]:
     return [name for name in names if name in modules and any(True for _ in modules[name].parameters())]
 
 
-def with_adapter(model, config: LoraConfig) -> PeftModel:
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """The model with a new adapter; what is trained is held in float32, whatever the rest is."""
     return trainable_in_float32(get_peft_model(model, config))
 
 
-def with_saved_adapter(model, path: str) -> PeftModel:
+def with_saved_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """The model with an adapter that was saved before, to train it further."""
     adapted = trainable_in_float32(PeftModel.from_pretrained(model, path, is_trainable=True))
     # Once more: what is trained in full had the dtype of the base when it was read, and was rounded.

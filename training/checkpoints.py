@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from uground.hub.publish.run_files import BASELINE_SETTINGS, COMPLETE_FILE, LENGTH_SETTINGS, SETTINGS_THAT_MATTER
+from uground.training.training_config import UGroundTrainingConfig
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +22,7 @@ FINISHED_FILE = "finished.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def run_record(args, extra: dict | None = None) -> dict:
+def run_record(args: UGroundTrainingConfig, extra: dict | None = None) -> dict:
     """
     What a run was told that matters to its result, as plain JSON.
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from uground.modeling_uground.image_frames import letterbox_mask
 from uground.modeling_uground.image_rows import resolve_image_index
+from uground.processing import UGroundProcessor
 from uground.training.data.masks import decode_mask
 
 IGNORED_LABEL = -100
@@ -57,7 +58,7 @@ class GroundingCollator:
 
     def __init__(
         self,
-        processor,
+        processor: UGroundProcessor,
         loss_size: int | None = None,
         pack_queries: bool = True,
         max_length: int | None = None,

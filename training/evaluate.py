@@ -25,6 +25,7 @@ from uground import tiny_checkpoint
 from uground.checkpoint_loading import load_model, load_processor
 from uground.command_line import DTYPES, RESUMABLE, SEEDS, CommandParser, checked_seed, run_command, seed_number
 from uground.job_processes import job_state
+from uground.processing import UGroundProcessor
 from uground.training.data.masks import decode_mask, encode_mask
 from uground.training.data.samples import OVERALL
 from uground.training.evaluation.calibration import calibration
@@ -91,7 +92,7 @@ class EvaluationArguments:
         return read_asking(self.dataset) if READ in self.protocol else None
 
 
-def checked_protocols(arguments: EvaluationArguments, data: EvaluationData, processor) -> list[str]:
+def checked_protocols(arguments: EvaluationArguments, data: EvaluationData, processor: UGroundProcessor) -> list[str]:
     """
     The protocols to report: those asked for, or the usual one of the dataset.
 

@@ -11,6 +11,7 @@ from its last whole checkpoint when the same command is given again; one that is
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trl import TrlParser
 
@@ -89,7 +90,7 @@ class FinetuneArguments:
         checked_seed(self.scene_seed, "scene_seed")
 
 
-def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
+def open_source(name: str, arguments: FinetuneArguments, split: str = "train") -> Any:
     """
     Items of one source and what they are, as plain JSON.
 
@@ -114,7 +115,7 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
     return source, {"prepared": known_as, "split": named_split or split, "rows": len(source)}
 
 
-def training_data(arguments: FinetuneArguments, seed: int, check=None) -> tuple[object, Mixture | None, dict]:
+def training_data(arguments: FinetuneArguments, seed: int, check: Any = None) -> tuple[object, Mixture | None, dict]:
     """
     The training dataset, the mixture behind it if there is one, and what it is, as plain JSON.
 
@@ -136,7 +137,7 @@ def training_data(arguments: FinetuneArguments, seed: int, check=None) -> tuple[
     return mixture.dataset(), mixture, record
 
 
-def load_model(arguments: FinetuneArguments):
+def load_model(arguments: FinetuneArguments) -> Any:
     """
     Model, with an adapter if one is asked for, and processor.
 

@@ -1,6 +1,7 @@
 """What a trainer logs between two logs: sums over micro-batches and processes, divided once."""
 
 import torch
+from accelerate import Accelerator
 
 
 class RunningMeans:
@@ -16,13 +17,13 @@ class RunningMeans:
         self._names = [*denominators, *sorted(set(denominators.values()))]
         self._sums: torch.Tensor | None = None
 
-    def add(self, sums: dict[str, torch.Tensor | float], device) -> None:
+    def add(self, sums: dict[str, torch.Tensor | float], device: torch.device | str) -> None:
         """Add a micro-batch's sums; a name that is left out adds nothing. Nothing waits for the device."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         added = torch.stack([zero + _detached(sums.get(name, 0.0)) for name in self._names])
         self._sums = added if self._sums is None else self._sums + added
 
-    def reduce(self, accelerator) -> dict[str, float]:
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """
         Means over all that was added on all processes since the last call; without an entry where nothing was.
 

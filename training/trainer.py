@@ -2,20 +2,25 @@
 
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from uground.hub.publish.run_files import COMPLETE_FILE
 from uground.hub.publish.trainer_push import HubPushMixin
-from uground.modeling_uground import UGroundOutput
+from uground.modeling_uground import UGroundForReferringSegmentation, UGroundOutput
 from uground.modeling_uground.hub_files import give_usual_mode
+from uground.processing import UGroundProcessor
 from uground.training.adapters import trainable_in_float32
 from uground.training.checkpoints import mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
+from uground.training.data.mixture import Mixture
 from uground.training.evaluation.during_training import AnswerEvaluation
 from uground.training.evaluation.pictures import draw_histogram, send_pictures
 from uground.training.model_state import CPU_PACKING, left_as_found, marks_of
@@ -67,7 +72,15 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
     # Every term is a sum over the micro-batch divided by what the whole step holds.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args: UGroundTrainingConfig, processing_class, data_record=None, mixture=None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        args: UGroundTrainingConfig,
+        processing_class: UGroundProcessor,
+        data_record: dict | None = None,
+        mixture: Mixture | None = None,
+        **kwargs: Any,
+    ):
         draws_layers = args.train_layer_selection == "sample"
         own = model.get_base_model() if is_peft_model(model) else model
         if draws_layers and own.layer_policy is None:
@@ -143,12 +156,12 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         return BaselineTraining(baseline, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay)
 
     @property
-    def bare_model(self):
+    def bare_model(self) -> UGroundForReferringSegmentation:
         """The `UGroundForReferringSegmentation`, without wrappers of distribution and adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if is_peft_model(model) else model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         As `Trainer.train`, but a checkpoint of a run that has made all its steps is loaded and not trained further.
 
@@ -181,7 +194,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 if (noise := getattr(self, "neftune_hook_handle", None)) is not None:
                     noise.remove()
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Also count what the step holds over all its micro-batches and processes: what sums are divided by."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples and not self.args.dataloader_drop_last:
@@ -200,13 +213,19 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         place = (accelerator.num_processes, accelerator.process_index)
         return count_only(batch, own_images(len(batch["original_sizes"]), len(dataset), *place))
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             self._step_baseline()
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """Sum of the weighted terms; see [`UGroundTrainingConfig`]."""
         groups, keys = inputs["target_groups"], inputs["segment_keys"]
         tokens = (inputs["labels"][..., 1:] != IGNORED_LABEL).sum()
@@ -334,12 +353,12 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 send_pictures(self.callback_handler.callbacks, pictures, self.state.global_step)
         super().log(logs, start_time)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All of the data, also where training leaves out the rest of an epoch that fills no batch."""
         with self._dropping_nothing():
             return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As [`get_eval_dataloader`]."""
         with self._dropping_nothing():
             return super().get_test_dataloader(test_dataset)
@@ -352,12 +371,12 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`."""
         with self._evaluating():
             return super().evaluate(*args, **kwargs)
 
-    def predict(self, *args, **kwargs):
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.predict`."""
         with self._evaluating():
             return super().predict(*args, **kwargs)
@@ -370,11 +389,13 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                     setattr(module, CPU_PACKING, False)
             yield
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = self._without_repeats(inputs, self.callback_handler.eval_dataloader.dataset)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
         """Also the exact means of every term, and figures of generated answers."""
         device = self.accelerator.device
         devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)

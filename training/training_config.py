@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -158,7 +159,7 @@ class UGroundTrainingConfig(SFTConfig):
 
 
 def freeze(
-    model, trainable: list[str] | None = None, weights: LossWeights | None = None, policy: bool = True
+    model: PreTrainedModel, trainable: list[str] | None = None, weights: LossWeights | None = None, policy: bool = True
 ) -> list[str]:
     """
     Choose what is trained.
@@ -191,7 +192,7 @@ def freeze(
     return names
 
 
-def freeze_unused(model, weights: LossWeights, policy: bool = True) -> None:
+def freeze_unused(model: PreTrainedModel, weights: LossWeights, policy: bool = True) -> None:
     """
     Freeze what never gets a gradient: distributed training would wait for it, and weight decay would shrink it.
 

@@ -4,7 +4,7 @@ READ and SESAME checkpoints hold the same tensors and nothing in them tells whic
 points, so the system is said by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from uground.hub.convert.official_names import (
@@ -63,7 +63,9 @@ SYSTEMS = {
 READ_POINTS = {32: (30, (0.8, 0.2), 2), 40: (60, (0.6, 0.2), 1)}
 
 
-def find_system(source: str, shapes: Mapping[str, tuple], name: str | None, tokens=()) -> OfficialSystem:
+def find_system(
+    source: str, shapes: Mapping[str, tuple], name: str | None, tokens: Collection[str] = ()
+) -> OfficialSystem:
     """
     The system that a checkpoint is said to be; without a word a UGround, which its layer policy tells.
 

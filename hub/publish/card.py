@@ -90,7 +90,7 @@ def _told(recipe: str | None, path) -> dict:
     return told
 
 
-def write_card(folder: str | os.PathLike, **facts) -> Path:
+def write_card(folder: str | os.PathLike, **facts: CardFacts) -> Path:
     """Write the card of [`build_card`], which `facts` go to, as `README.md` of the folder; returns its path."""
     path = Path(folder) / "README.md"
     build_card(folder, **facts).save(path)

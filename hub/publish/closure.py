@@ -18,13 +18,19 @@ from transformers import GenerationConfig, logging
 from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.example import write_example
+from uground.hub.publish.model_card import CardFacts
 from uground.hub.publish.recipe_file import RECIPE_FILE
 from uground.hub.weights.checkpoint_folder import load_checkpoint
 from uground.hub.weights.code_files import stamp_config, write_code
+from uground.modeling_uground import UGroundForReferringSegmentation
 
 
 def complete_folder(
-    folder: str | os.PathLike, example: bool = True, model=None, replace_card: bool = False, **facts
+    folder: str | os.PathLike,
+    example: bool = True,
+    model: UGroundForReferringSegmentation | None = None,
+    replace_card: bool = False,
+    **facts: CardFacts,
 ) -> None:
     """
     Add what a checkpoint folder lacks of a complete one, in place; weights and processor must lie there.

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from uground.checkpoint_loading import load_processor
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import ReferringSegmentationPipeline, draw_result
@@ -14,7 +16,10 @@ EXAMPLE_TOKENS = 64
 
 
 def write_example(
-    folder: str | os.PathLike, model: UGroundForReferringSegmentation, image=None, query: str = EXAMPLE_QUERY
+    folder: str | os.PathLike,
+    model: UGroundForReferringSegmentation,
+    image: Image.Image | None = None,
+    query: str = EXAMPLE_QUERY,
 ) -> dict:
     """
     Ask a checkpoint about an image and write `example.png`, `example_overlay.png` and `example.json`.

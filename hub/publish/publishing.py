@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.closure import complete_folder, keep_files, refuse_facts
 from uground.hub.publish.commit import check_repo_id, commit_files, require_token
-from uground.hub.publish.model_card import check_card
+from uground.hub.publish.model_card import CardFacts, check_card
 from uground.hub.publish.recipe_file import RECIPE_FILE
 from uground.hub.weights.checkpoint_folder import (
     ADAPTER_CONFIG,
@@ -59,8 +60,12 @@ NEEDED_OF_PROCESSOR = ("processor_config.json", "tokenizer_config.json")
 
 @contextmanager
 def staged(
-    source: str | os.PathLike, adapter: bool = False, example: bool = True, base_model: str | None = None, **facts
-):
+    source: str | os.PathLike,
+    adapter: bool = False,
+    example: bool = True,
+    base_model: str | None = None,
+    **facts: CardFacts,
+) -> Iterator[Path]:
     """
     A temporary folder with all that a repository should hold, made of a checkpoint folder that is only read.
 
@@ -149,7 +154,7 @@ def publish(
     dry_run: bool = False,
     adapter: bool = False,
     example: bool = True,
-    **facts,
+    **facts: CardFacts,
 ) -> str | None:
     """
     Publish a folder in one commit; what the command does.

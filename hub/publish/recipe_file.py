@@ -2,6 +2,7 @@
 
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,7 +12,7 @@ RECIPE_FILE = "recipe.yaml"
 BATCH_SETTINGS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def write_recipe(folder, arguments, config) -> Path:
+def write_recipe(folder: str | Path, arguments: Any, config: Any) -> Path:
     """
     Write what shaped the result of a run; nothing of where it ran, and of files here the names only.
 

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, run_as_future
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -36,7 +37,13 @@ class HubPushMixin:
     `"all_checkpoints"`, which are there to go on training from.
     """
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_others) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **_others: Any,
+    ) -> None:
         """Write the card of the output folder; see `uground.hub.publish.card`."""
         if self.is_world_process_zero():
             self._write_card(self.args.output_dir, model_name, dataset_name)
@@ -59,8 +66,8 @@ class HubPushMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **card,
-    ):
+        **card: Any,
+    ) -> Any:
         """Save model and processor, write the card and push; arguments as for `Trainer.push_to_hub`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from uground.hub.weights.code_files import stamp_config, write_code
 from uground.hub.weights.weight_files import first_line
+from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.modeling_uground.hub_files import give_usual_mode
+from uground.processing import UGroundProcessor
 
 # A shard is kept in memory until it is full; together with what is read, this bounds the memory of a conversion.
 MAX_SHARD_BYTES = 1_000_000_000
@@ -165,7 +167,7 @@ class ShardWriter:
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def save_all_but_weights(folder: Path, model, processor) -> None:
+def save_all_but_weights(folder: Path, model: UGroundForReferringSegmentation, processor: UGroundProcessor) -> None:
     """
     Write what a checkpoint has besides weights: configuration, code, processor, pipeline.
 

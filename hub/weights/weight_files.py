@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def name_some(names, shown: int = 5) -> str:
+def name_some(names: Collection[str], shown: int = 5) -> str:
     """A few names, sorted, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -39,7 +40,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("__builtin__", "builtins"), name)
 
 
-def read_pickle(path: Path):
+def read_pickle(path: Path) -> Any:
     """
     A pickle of plain containers, numbers and strings; also one written by Python 2.
 
@@ -61,7 +62,7 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """
     A JSON file in UTF-8, or in Windows-1252 where it is not valid UTF-8, as some ReasonSeg files are.
 
@@ -160,7 +161,7 @@ def _orientation(picture: Image.Image):
     return picture.getexif().get(ORIENTATION_TAG, 1)
 
 
-def open_image(image, size: tuple[int, int] | None, name: str) -> Image.Image:
+def open_image(image: Any, size: tuple[int, int] | None, name: str) -> Image.Image:
     """
     The pixels of an image of an example, in the orientation its masks were drawn in.
 

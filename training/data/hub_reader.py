@@ -27,7 +27,7 @@ COLUMNS = {
 }
 
 
-def read_hub(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_hub(dataset: str, root: str | Path | None, split: str) -> Iterator[Sample | Skipped]:
     """
     Samples of a downloaded Hub dataset; `root` is its folder. A query without words, and a mask without a pixel, is
     skipped.

@@ -8,6 +8,7 @@ process. So whatever comes from outside passes through here first.
 import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -67,7 +68,7 @@ def union_mask(rles: Sequence[dict], size: tuple[int, int]) -> dict:
     return _plain(coco_mask.merge([_from_rle(rle, size, "a mask") for rle in rles], intersect=False))
 
 
-def check_size(size, name: str) -> tuple[int, int]:
+def check_size(size: object, name: str) -> tuple[int, int]:
     """
     Height and width of a mask.
 
@@ -158,7 +159,7 @@ def _plain(rle: dict) -> dict:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def read_mask(segmentation, size: tuple[int, int], name: str) -> dict:
+def read_mask(segmentation: Any, size: tuple[int, int], name: str) -> dict:
     """
     RLE of an annotation.
 
@@ -225,7 +226,7 @@ def _rings(segmentation, name: str) -> list:
     raise ValueError(f"{name}: a mask must be polygons or RLE, got lists nested {depth} deep")
 
 
-def flat_polygon(ring, size: tuple[int, int], name: str) -> list[float]:
+def flat_polygon(ring: object, size: tuple[int, int], name: str) -> list[float]:
     """
     The numbers x, y, x, y, … of a polygon.
 
@@ -276,22 +277,22 @@ def _is_truth(number) -> bool:
     return isinstance(number, (bool, np.bool_))
 
 
-def is_number(number) -> bool:
+def is_number(number: object) -> bool:
     """Whether this is a real number, and no truth value."""
     return isinstance(number, Real) and not _is_truth(number)
 
 
-def is_whole(number) -> bool:
+def is_whole(number: object) -> bool:
     """Whether this is a whole number, and no truth value."""
     return isinstance(number, Integral) and not _is_truth(number)
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """The beginning of what was got, for an error message, however long or deep it is."""
     return reprlib.repr(value)
 
 
-def paint_polygon(canvas: np.ndarray, points, value: int, name: str = "a shape") -> None:
+def paint_polygon(canvas: np.ndarray, points: Any, value: int, name: str = "a shape") -> None:
     """
     Paint a polygon onto an `(H, W)` uint8 label map, outline included.
 

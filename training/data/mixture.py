@@ -1,11 +1,12 @@
 """Several sources of data as one, with sampling weights, drawn anew in each epoch, and a policy for what is broken."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from uground.processing.image_reading import read_image
@@ -139,7 +140,9 @@ class MixtureEpochs(TrainerCallback):
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # A resumed run begins in the middle of an epoch; the margin is for rounding.
         self.mixture.set_epoch(int((state.epoch or 0.0) + 1e-6))
 

@@ -16,7 +16,7 @@ FILES |= {part: (part,) for part in FILES["test"]}
 MARK = "{seg}"
 
 
-def read_muse(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_muse(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     One sample per question, with the objects of its answer in order.
 

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +124,7 @@ def parquet_rows(path: str | os.PathLike, columns: Iterable[str]) -> Iterator[di
         yield from rows
 
 
-def stored_image(image, embed: bool) -> dict:
+def stored_image(image: Any, embed: bool) -> dict:
     """`{"bytes", "path"}` of an image as `datasets` stores it."""
     if isinstance(image, PILImage.Image):
         buffer = io.BytesIO()

@@ -42,7 +42,7 @@ COCO2017_IMAGES = (
 )
 
 
-def read_reasonseg(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_reasonseg(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     ReasonSeg: one sample per way of asking in training, the first way in evaluation, as published figures have it.
 
@@ -197,7 +197,7 @@ TURN = re.compile(r"<(person|robot)>:")
 SEGMENT = "[SEG]"
 
 
-def read_lisa_plus(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_lisa_plus(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     One of the four files of LISA++; answers keep their words, objects in them become segment tokens.
 

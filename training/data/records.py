@@ -1,6 +1,7 @@
 """Fields of annotation records, checked as they are taken: a sentence says which record of which file is wrong."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from uground.training.data.masks import check_size, shown
 
@@ -16,7 +17,7 @@ class Record:
     Every method raises a `ValueError` that begins with `name` where a field is missing or of another type.
     """
 
-    def __init__(self, value, name: str):
+    def __init__(self, value: object, name: str):
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object with named fields, got {shown(value)}")
         self.value, self.name = value, name
@@ -24,7 +25,7 @@ class Record:
     def __contains__(self, key: str) -> bool:
         return self.value.get(key) is not None
 
-    def take(self, key: str):
+    def take(self, key: str) -> Any:
         """The field as it stands."""
         if key not in self.value:
             held = ", ".join(shown(name) for name in list(self.value)[:10]) or "nothing"
@@ -87,21 +88,21 @@ class Record:
         return check_size([self.take("height"), self.take("width")], self.name)
 
 
-def records(value, name: str, label: str) -> list[Record]:
+def records(value: object, name: str, label: str) -> list[Record]:
     """A list of objects, each called `name`, `label` and its number from 0."""
     return [
         Record(one, f"{name} {label} {number}") for number, one in enumerate(checked_list(value, name.rstrip(",")))
     ]
 
 
-def keyed(value, name: str) -> Iterator[tuple[str, object]]:
+def keyed(value: object, name: str) -> Iterator[tuple[str, object]]:
     """Keys and values of an object whose keys are names; null stands for none."""
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name} must be an object with named fields, got {shown(value)}")
     return iter((value or {}).items())
 
 
-def checked_text(value, name: str) -> str:
+def checked_text(value: object, name: str) -> str:
     """A text of whole characters, without the space around it."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {shown(value)}")
@@ -112,21 +113,21 @@ def checked_text(value, name: str) -> str:
     return value.strip()
 
 
-def checked_list(value, name: str) -> list:
+def checked_list(value: object, name: str) -> list:
     """A list; tuples are lists too."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name} must be a list, got {shown(value)}")
     return list(value)
 
 
-def checked_key(value, name: str) -> int | str:
+def checked_key(value: object, name: str) -> int | str:
     """A whole number or a text."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{name} must be a whole number or a text, got {shown(value)}")
     return checked_text(value, name) if isinstance(value, str) else value
 
 
-def checked_flag(value, name: str) -> bool:
+def checked_flag(value: object, name: str) -> bool:
     """True or false, also as 1 or 0."""
     if value not in (True, False):
         raise ValueError(f"{name} must be true or false, got {shown(value)}")

@@ -68,7 +68,7 @@ LAYOUTS = {
 }
 
 
-def read_refer(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_refer(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     Samples of a dataset in `LAYOUTS`.
 

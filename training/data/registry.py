@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers.utils import logging
 
@@ -83,7 +84,7 @@ DATASETS: dict[str, DatasetEntry] = {
 }
 
 
-def read_samples(dataset: str, root, split: str, skips: SkipCount | None = None) -> Iterator[Sample]:
+def read_samples(dataset: str, root: str | Path, split: str, skips: SkipCount | None = None) -> Iterator[Sample]:
     """
     Samples of a dataset, read from its original files.
 

@@ -56,7 +56,7 @@ MAPS = {
 }
 
 
-def read_label_maps(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_label_maps(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     One sample per class and image of a dataset in `MAPS`; a class whose name is blank is skipped.
 
@@ -148,7 +148,7 @@ COCO_FORM = {
 }
 
 
-def read_coco_parts(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_coco_parts(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     One sample per class and image of a dataset in `COCO_FORM`; a class `object:part` is "the part of the object".
 

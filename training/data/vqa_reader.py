@@ -1,6 +1,7 @@
 """Visual question answering: LLaVA-Instruct, so that training on masks does not unlearn talking."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from uground.training.data.files import checked_root, first_existing, image_size, read_json, require, require_images
 from uground.training.data.records import Record, records
@@ -11,7 +12,7 @@ IMAGES = ("coco/train2017", "refer_seg/images/mscoco/images/train2017", "train20
 PLACEHOLDER = "<image>"
 
 
-def read_llava_instruct(dataset: str, root, split: str) -> Iterator[Sample | Skipped]:
+def read_llava_instruct(dataset: str, root: str | Path, split: str) -> Iterator[Sample | Skipped]:
     """
     One sample per question and answer; later turns of a conversation stand alone. Those without words are skipped.
 

@@ -47,7 +47,7 @@ class EvaluationData:
     content: str | None = None
 
 
-def evaluation_data(dataset: str, root, split: str, count: int | None, seed: int) -> EvaluationData:
+def evaluation_data(dataset: str, root: str | Path, split: str, count: int | None, seed: int) -> EvaluationData:
     """
     The examples to measure on.
 

@@ -4,12 +4,17 @@ A teacher-forced loss does not see that a model has forgotten to write `[SEG]`; 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from PIL import Image
+from torch import nn
 
+from uground.processing import UGroundProcessor
 from uground.processing.drawing import draw_overlay
 from uground.processing.image_reading import read_image
 from uground.training.data.masks import decode_mask
@@ -40,7 +45,7 @@ class WrittenCounts:
     exact: int = 0
     counts: GroundingCounts = field(default_factory=GroundingCounts)
 
-    def add(self, processor, example: dict, prediction: dict) -> None:
+    def add(self, processor: UGroundProcessor, example: dict, prediction: dict) -> None:
         """Count one answer; `prediction` is of `post_process_instance_segmentation`."""
         wanted, answer = example["answer"].strip(), prediction["answer"].strip()
         self.queries += 1
@@ -109,7 +114,9 @@ class AnswerEvaluation:
     layer_selection: str | int | None = None
 
     @torch.no_grad()
-    def __call__(self, model, dataset, count: int, accelerator, in_step: bool = False):
+    def __call__(
+        self, model: nn.Module, dataset: Dataset, count: int, accelerator: Accelerator, in_step: bool = False
+    ) -> Any:
         """
         Args:
             model: the bare model, in evaluation mode.

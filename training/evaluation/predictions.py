@@ -7,12 +7,16 @@
 In both the language model runs once, however many choices of layer masks are read at.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from uground.modeling_uground.generation_uground import WrittenAnswers
+from uground.processing import UGroundProcessor
 from uground.training.data.masks import decode_mask
 from uground.training.evaluation.prompts import with_system_prompt
 
@@ -59,8 +63,8 @@ def group_by_image(examples: list[dict]) -> tuple[list, list[list[int]]]:
 
 @torch.no_grad()
 def predict(
-    model,
-    processor,
+    model: PreTrainedModel,
+    processor: UGroundProcessor,
     examples: list[dict],
     layers: list[str | int],
     style: str = "generate",
@@ -130,7 +134,7 @@ def _prediction(processor, example: dict, result: dict, rejected: list[bool], fo
     )
 
 
-def forced_answer(processor, example: dict, neutral_answer: str) -> str:
+def forced_answer(processor: UGroundProcessor, example: dict, neutral_answer: str) -> str:
     """The answer to put in the prompt: that of the example with a segment token in every place, or the neutral one."""
     answer = example["answer"]
     if processor.segment_token not in answer:
@@ -139,7 +143,7 @@ def forced_answer(processor, example: dict, neutral_answer: str) -> str:
     return answer.replace(processor.reject_token, processor.segment_token)
 
 
-def placed_targets(processor, example: dict) -> np.ndarray:
+def placed_targets(processor: UGroundProcessor, example: dict) -> np.ndarray:
     """`(m, H, W)` bool masks for the places of a forced answer: empty where the answer rejects, or has no segment."""
     masks = target_masks(example)
     nothing = np.zeros(masks.shape[1:], dtype=bool)
@@ -162,7 +166,9 @@ def _places(text: str, mark: str) -> list[int]:
     return places
 
 
-def force_answers(model, processor, inputs) -> tuple[WrittenAnswers, torch.Tensor]:
+def force_answers(
+    model: PreTrainedModel, processor: UGroundProcessor, inputs: Mapping[str, Any]
+) -> tuple[WrittenAnswers, torch.Tensor]:
     """
     One teacher-forced pass.
 

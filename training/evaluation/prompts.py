@@ -7,6 +7,7 @@ official words there are drawn from a list; here they are the fixed ones.
 
 from dataclasses import dataclass
 
+from uground.processing import UGroundProcessor
 from uground.training.data.wording import EVALUATION_PHRASE, SEGMENT
 
 READ = "read"
@@ -67,7 +68,7 @@ def read_asking(dataset: str) -> Asking:
     raise ValueError(f"protocol {READ} is for {', '.join((*FORCED, *GENERATED))}, got {dataset!r}")
 
 
-def with_system_prompt(processor, query: str, system_prompt: str) -> str:
+def with_system_prompt(processor: UGroundProcessor, query: str, system_prompt: str) -> str:
     """A whole prompt of one query behind another system prompt than the template's own."""
     conversation = [
         {"role": "system", "content": [{"type": "text", "text": system_prompt}]},

@@ -36,6 +36,7 @@ Figures, all in 0..1 unless said otherwise, None where undefined:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from scipy.stats import spearmanr
 
@@ -76,13 +77,13 @@ def reduce_counts(queries: Sequence, protocol: str = "ordered") -> Figures:
     return counts | PROTOCOLS[protocol](queries)
 
 
-def pair_ious(query) -> list[float]:
+def pair_ious(query: Any) -> list[float]:
     """IoU of each ordered pair; a missing or superfluous segment is 0 even where its counterpart is an empty mask."""
     both = min(query.num_predicted, query.num_target)
     return [iou(*pair) if i < both else 0.0 for i, pair in enumerate(query.pairs)]
 
 
-def query_iou(query) -> float:
+def query_iou(query: Any) -> float:
     """IoU of a query by ordered segments, 0..1, as `ordered` has it."""
     if query.prediction_empty or query.target_empty:
         return float(query.prediction_empty and query.target_empty)

@@ -138,7 +138,7 @@ def write_results(folder: str | os.PathLike, results: dict, predictions: list[di
     _write_whole(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_overlays(folder: str | os.PathLike, predictions: list[dict], count: int, example) -> None:
+def write_overlays(folder: str | os.PathLike, predictions: list[dict], count: int, example: dict) -> None:
     """
     Draw the predictions with the least and the greatest IoU: above what was predicted, below what was wanted.
 

@@ -6,6 +6,7 @@ masks, so memory and time do not grow with the pixels kept.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -69,7 +70,7 @@ class CountingMetric(evaluate.Metric):
             features=Features({"counts": COUNTS}),
         )
 
-    def add_batch(self, *, predictions=None, references=None, **kwargs):
+    def add_batch(self, *, predictions: list | None = None, references: list | None = None, **kwargs: Any) -> None:
         """Count a batch of queries."""
         if predictions is None or references is None or len(predictions) != len(references):
             lengths = [None if values is None else len(values) for values in (predictions, references)]
@@ -80,11 +81,13 @@ class CountingMetric(evaluate.Metric):
         if counts:
             super().add_batch(counts=counts)
 
-    def add(self, *, prediction=None, reference=None, **kwargs):
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Count one query."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
-    def compute(self, *, predictions=None, references=None, **kwargs):
+    def compute(
+        self, *, predictions: list | None = None, references: list | None = None, **kwargs: Any
+    ) -> dict | None:
         """The figures of everything added, and of what is given here; None on all processes but the first."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -142,7 +145,7 @@ def metric_path(name: str) -> str:
     return str(Path(__file__).with_name(f"{name}.py"))
 
 
-def load_metric(name: str, protocol: str | None = None, **kwargs) -> evaluate.Metric:
+def load_metric(name: str, protocol: str | None = None, **kwargs: Any) -> evaluate.Metric:
     """
     A metric module.
 

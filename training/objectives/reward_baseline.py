@@ -92,7 +92,13 @@ class BaselineTraining:
         betas, eps, weight_decay: of AdamW.
     """
 
-    def __init__(self, baseline: RewardBaseline, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        baseline: RewardBaseline,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
         self.baseline = baseline
         self.optimizer = None
         if baseline.critic is not None:

@@ -5,8 +5,9 @@ are painted one after another; the mask of an object is what is still visible of
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -99,22 +100,22 @@ class Pen:
         half = self.side / 2
         return [(half + self.scale * (a * x + b * y), half + self.scale * (c * x + d * y)) for x, y in points]
 
-    def polygon(self, *points, tone: float = 0.0):
+    def polygon(self, *points: Any, tone: float = 0.0) -> None:
         placed = self._place(points)
         self._shape.polygon(placed, fill=255)
         self._tone.polygon(placed, fill=round(128 + 127 * tone))
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, tone: float = 0.0):
+    def ellipse(self, x: float, y: float, rx: float, ry: float, tone: float = 0.0) -> None:
         self.polygon(*arc(x, y, rx, ry), tone=tone)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, tone: float = 0.0):
+    def box(self, x0: float, y0: float, x1: float, y1: float, tone: float = 0.0) -> None:
         self.polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1), tone=tone)
 
-    def hole(self, x: float, y: float, rx: float, ry: float):
+    def hole(self, x: float, y: float, rx: float, ry: float) -> None:
         self._shape.polygon(self._place(arc(x, y, rx, ry)), fill=0)
 
 
-def arc(x: float, y: float, rx: float, ry: float, start: float = 0.0, end: float = 360.0, steps: int = 28):
+def arc(x: float, y: float, rx: float, ry: float, start: float = 0.0, end: float = 360.0, steps: int = 28) -> None:
     """Points of an elliptic arc around (x, y); angles in degrees, 0 to the right, 90 downwards."""
     angles = np.radians(np.linspace(start, end, steps))
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
@@ -369,7 +370,7 @@ def paint(rng: np.random.Generator, plans: Collection[ObjectPlan], width: int, h
     )
 
 
-def choose(rng: np.random.Generator, items, weights=None):
+def choose(rng: np.random.Generator, items: Sequence, weights: Sequence[float] | None = None) -> Any:
     """One of `items`; a plain-Python pick, many times faster than `Generator.choice` on short lists."""
     if weights is None:
         return items[int(rng.integers(len(items)))]
