@@ -34,6 +34,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python tests/check_imports.py
+	$(BIN)/python tests/check_types.py
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done

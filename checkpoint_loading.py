@@ -108,7 +108,7 @@ def load_model(path: str | os.PathLike, **settings: Any) -> UGroundForReferringS
     check_model_files(Path(path), None, UGroundConfig)
     model = _load_weights(base_of(path), **settings)
     try:
-        model.load_adapter(path)
+        model.load_adapter(os.fspath(path))
     except (MemoryError, OSError):
         raise
     except Exception as error:  # peft and torch raise whatever shapes, names and settings lead them to

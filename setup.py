@@ -25,7 +25,7 @@ TRAINING = [
 # Only for the metrics as modules of that library.
 METRICS = ["evaluate>=0.4.2"]  # older ones do not find the locks of datasets 5, when several processes measure
 QUANTIZATION = ["bitsandbytes>=0.50"]
-TESTS = ["pytest>=8.3", "pytest-xdist>=3.6.1", "packaging>=24.0", "ruff>=0.9", "segment-anything>=1.0"]
+TESTS = ["pytest>=8.3", "pytest-xdist>=3.6.1", "packaging>=24.0", "ruff>=0.9", "mypy>=2.4", "segment-anything>=1.0"]
 
 setup(
     packages=[
@@ -46,6 +46,7 @@ setup(
     ],
     package_dir={"uground": "."},
     package_data={
+        "uground": ["py.typed"],
         "uground.processing": ["*.jinja"],
         "uground.hub": ["checkpoints/uground-tiny/*"],
     },

@@ -192,7 +192,7 @@ class CheckpointFilesMixin:
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def check_model_files(folder: Path, config: PreTrainedConfig, config_class: type) -> None:
+def check_model_files(folder: Path, config: Any, config_class: type) -> None:
     """
     Look at what a folder holds of a model.
 
@@ -237,7 +237,7 @@ def read_adapter_config(folder: str | Path) -> dict:
     return content
 
 
-def adapter_base(folder: str | Path) -> str:
+def adapter_base(folder: str | os.PathLike) -> str:
     """
     What the `adapter_config.json` of a folder says that its adapter is of: a folder or a Hub id.
 

@@ -325,7 +325,8 @@ class UGroundConfig(PreTrainedConfig):
     @property
     def point_settings(self) -> PointSettings:
         """How points are picked from similarity maps."""
-        return PointSettings(self.num_points, self.point_thresholds, self.point_downsample)
+        positive, negative = self.point_thresholds
+        return PointSettings(self.num_points, (positive, negative), self.point_downsample)
 
     @classmethod
     def for_system(cls, system: str, **settings: Any) -> "UGroundConfig":

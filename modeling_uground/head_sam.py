@@ -1,5 +1,7 @@
 """SAM as a mask head: an image encoder, and a decoder for any number of segments over a batch of images."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, SamConfig, SamModel
 
@@ -36,7 +38,7 @@ class SamHead(PreTrainedModel):
         self.post_init()
 
     @staticmethod
-    def frame_of(config: SamConfig) -> ImageFrame:
+    def frame_of(config: Any) -> ImageFrame:
         """
         The frame of the encoder, in pixels.
 

@@ -71,7 +71,7 @@ def select_layers(layer_logits: torch.Tensor, layer_selection: str | int, num_la
         draws = draws.scatter_add(1, drawn, torch.ones_like(drawn, dtype=draws.dtype)) / num_layer_samples
         index = draws.argmax(-1)
     else:
-        layer = num_layers - 1 if layer_selection == "last" else layer_selection
+        layer = num_layers - 1 if layer_selection == "last" else int(layer_selection)
         index = torch.full((num_segments,), layer, dtype=torch.long, device=layer_logits.device)
     return LayerChoice(index, log_probs_of(layer_logits, index), draws)
 

@@ -1,6 +1,7 @@
 """What the model returns."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -165,7 +166,7 @@ def asked_outputs(
     layers = range(config.num_layers)
     if isinstance(states, bool):
         states = [*layers] if states else []
-    asked = [states] if isinstance(states, int) else [*states]
+    asked = [states] if isinstance(states, int) else list(states or ())
     if any(layer not in range(-len(layers), len(layers)) for layer in asked):
         raise ValueError(f"output_hidden_states must name layers in 0..{len(layers) - 1}, got {asked}")
     return {"cache": bool(use_cache), "hidden_states": {layers[n] for n in asked}, "attentions": bool(attentions)}
@@ -192,7 +193,7 @@ def further_outputs(outputs: ModelOutput, cache_name: str, asked: dict) -> dict:
 def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) -> UGroundSegmentation:
     """Outputs for consecutive rows of one batch, with prompts of one length and the same images, as one output."""
     length = max(part.sequences.shape[1] for part in parts)
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in fields(UGroundSegmentation):
         values = [part[field.name] for part in parts if part.get(field.name) is not None]
         if not values:
@@ -203,7 +204,7 @@ def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) 
                 for value in values
             ]
         elif field.name == "segment_row":
-            starts = torch.tensor([0] + [len(part.sequences) for part in parts[:-1]]).cumsum(0).tolist()
+            starts = torch.tensor([0] + [part.sequences.shape[0] for part in parts[:-1]]).cumsum(0).tolist()
             values = [value + start for value, start in zip(values, starts, strict=True)]
         shared = field.name == "prompt_length" or field.name.endswith("_sizes")
         joined[field.name] = values[0] if shared else torch.cat(values)

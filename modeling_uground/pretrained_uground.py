@@ -120,7 +120,8 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
-        super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
+        asked: Any = attention_of_parts(attn_implementation)
+        super().set_attn_implementation(asked, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

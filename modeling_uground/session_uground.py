@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,8 @@ class ImageSession:
 
     def close(self) -> None:
         """Free everything the session holds; closing twice does no harm."""
-        self._model = self._processor = self._image = self._images = self._prefix = None
+        for held in ("_model", "_processor", "_image", "_images", "_prefix"):
+            setattr(self, held, None)
         self.turns = []
 
     def __enter__(self) -> "ImageSession":
@@ -149,7 +150,13 @@ class ImageSessionMixin:
                 tokens are not the model's.
             OSError: the checkpoint holds no processor, or the image cannot be read.
         """
-        return ImageSession(self, image, self._own_processor() if processor is None else processor, history, max_turns)
+        return ImageSession(
+            cast(PreTrainedModel, self),
+            image,
+            self._own_processor() if processor is None else processor,
+            history,
+            max_turns,
+        )
 
     def _own_processor(self):
         origin = self.config.name_or_path

@@ -51,7 +51,7 @@ def draw_overlay(image: Image.Image, segments: list[dict], min_side: int = MIN_P
         rim = RIM * _enlargement(size)
         panel.paste("white", mask=_contour(mask, 1.5 * rim))
         panel.paste(segment_color(number), mask=_contour(mask, rim))
-    taken = []
+    taken: list[tuple[int, int, int, int]] = []
     for number, (segment, mask) in enumerate(zip(segments, masks, strict=True)):
         box = mask.getbbox()
         if box is not None:
@@ -82,13 +82,13 @@ def draw_similarity(
     values = np.asarray(similarity_map, dtype=np.float32)
     spread = float(values.max() - values.min())
     values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
-    heat = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+    warmth = np.stack([np.interp(values, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], axis=-1)
     grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
     x0, y0, x1, y1 = (0, 0, *image.size) if box is None else box
     across, down = size[0] / image.width, size[1] / image.height
     place = round(x0 * across), round(y0 * down), round(x1 * across), round(y1 * down)
     covered = (place[2] - place[0], place[3] - place[1])
-    heat = Image.fromarray(heat.astype(np.uint8)).resize(covered, Image.Resampling.NEAREST)
+    heat = Image.fromarray(warmth.astype(np.uint8)).resize(covered, Image.Resampling.NEAREST)
     grey.paste(Image.blend(grey.crop(place), heat, 0.6), place)
     return grey
 

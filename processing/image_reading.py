@@ -102,6 +102,7 @@ def opened_picture(file: Any, name: str) -> Iterator[Image.Image]:
 
 
 def _open(source: str, name: str) -> Image.Image:
+    file: str | BytesIO
     if source.startswith(URL_PREFIXES):
         file = BytesIO(_load(source, name))
     elif _is_file(source):

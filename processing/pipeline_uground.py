@@ -180,7 +180,7 @@ class ReferringSegmentationPipeline(Pipeline):
         mask_threshold: float = 0.0,
         reject_threshold: float | None = 0.0,
         return_similarity: bool = False,
-    ) -> list[dict]:
+    ) -> list[dict | list[dict]]:
         """Results of every item of a batch, nested as the items were."""
         queries = self._plain_queries(model_outputs["queries"])
         if reject_threshold and self.model.config.similarity_scaling != "scaled":
@@ -188,7 +188,8 @@ class ReferringSegmentationPipeline(Pipeline):
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
                 f"{self.model.config.similarity_scaling!r}"
             )
-        rows, maps, boxes = [], [], []
+        rows: list[dict] = []
+        maps, boxes = [], []
         for outputs in model_outputs["outputs"]:
             asked = queries[len(rows) : len(rows) + len(outputs["sequences"])]
             rows += self.processor.post_process_instance_segmentation(
@@ -208,7 +209,8 @@ class ReferringSegmentationPipeline(Pipeline):
             if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold):
                 segments = []
             results.append({"answer": found["answer"], "segments": segments})
-        nested, start = [], 0
+        nested: list[dict | list[dict]] = []
+        start = 0
         for count, is_single in model_outputs["layout"]:
             nested.append(results[start] if is_single else results[start : start + count])
             start += count
@@ -240,6 +242,7 @@ class ReferringSegmentationPipeline(Pipeline):
         rows, and any number of segments comes out.
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        items: PipelineDataset | PipelineIterator
         if isinstance(inputs, Sized) and not isinstance(inputs, IterableDataset):
             items = PipelineDataset(inputs, self.preprocess, preprocess_params)
         else:
@@ -289,7 +292,7 @@ class ReferringSegmentationPipeline(Pipeline):
 
     def _similarity_maps(self, outputs) -> list[list]:
         """Per row, the similarity maps of its segments, without the tokens that see padding only."""
-        maps = [[] for _ in range(len(outputs["sequences"]))]
+        maps: list[list] = [[] for _ in range(len(outputs["sequences"]))]
         for row, similarity_map in zip(outputs["segment_row"].tolist(), outputs["similarity_map"], strict=True):
             valid = outputs["valid_sizes"][outputs["image_index"][row]]
             rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
@@ -352,13 +355,13 @@ def halve_batch(inputs: dict) -> list[dict]:
     Returns:
         Two batches with the rows in order; one, the given, where there is a single query.
     """
-    rows, images = len(inputs["input_ids"]), len(inputs["original_sizes"])
+    num_rows, images = len(inputs["input_ids"]), len(inputs["original_sizes"])
     by_image = images > 1
-    count = images if by_image else rows
+    count = images if by_image else num_rows
     if count < 2:
         return [inputs]
     # Without `image_index` each image has one row.
-    numbers = inputs["image_index"] if by_image and "image_index" in inputs else torch.arange(rows)
+    numbers = inputs["image_index"] if by_image and "image_index" in inputs else torch.arange(num_rows)
     halves = []
     for low, high in ((0, count // 2), (count // 2, count)):
         rows = (numbers >= low) & (numbers < high)

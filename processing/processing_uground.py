@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
 from .image_reading import read_image
@@ -77,9 +77,9 @@ class UGroundProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: BaseImageProcessor | None = None,
-        sam_image_processor: BaseImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: Any = None,
+        sam_image_processor: Any = None,
+        tokenizer: Any = None,
         patch_size: int = 14,
         segment_token: str = "[SEG]",
         reject_token: str | None = "[REJ]",
@@ -109,7 +109,7 @@ class UGroundProcessor(ProcessorMixin):
         self.num_image_tokens = (side // patch_size) ** 2
         if chat_template is None:
             chat_template = _default_chat_template(tokenizer)
-        self._reader = None
+        self._reader: tuple[tuple, SpecialTokens] | None = None
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -358,9 +358,10 @@ class UGroundProcessor(ProcessorMixin):
     def _special_tokens(self) -> SpecialTokens:
         """What reads texts; made anew where tokenizer or template have changed."""
         key = (id(self.tokenizer), len(self.tokenizer), self.chat_template)
-        if self._reader is None or self._reader[0] != key:
-            self._reader = (key, SpecialTokens(self))
-        return self._reader[1]
+        reader = self._reader
+        if reader is None or reader[0] != key:
+            reader = self._reader = (key, SpecialTokens(self))
+        return reader[1]
 
     def _limit(self, rows: list[Row], options: CallOptions) -> list[Row]:
         """The rows, cut where the call says so; without that one that is too long is refused."""
@@ -383,7 +384,11 @@ class UGroundProcessor(ProcessorMixin):
             "input_ids": [row.ids for row in rows],
             "attention_mask": [[1] * len(row.ids) for row in rows],
         }
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        fills: dict[str, Any] = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORED_LABEL,
+        }
         if with_labels:
             data["labels"] = [
                 [token if learnt else IGNORED_LABEL for token, learnt in zip(row.ids, row.learnt, strict=True)]

@@ -9,7 +9,7 @@ PLACEHOLDER = "zqxjk"
 EARLIER_FRAME = "letterbox"
 
 
-def resolve_token(tokenizer: PreTrainedTokenizerBase, token: str, required: bool = True) -> int | None:
+def resolve_token(tokenizer: PreTrainedTokenizerBase, token: str | None, required: bool = True) -> int | None:
     """
     The id of a token, looked up by name.
 

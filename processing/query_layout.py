@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def pair_images_with_queries(images: Any, text: str | list) -> tuple[list, list[list[str]]]:
+def pair_images_with_queries(images: Any, text: Any) -> tuple[list, list[list[str]]]:
     """
     Bring images and queries to a flat list of images and one list of queries per image.
 

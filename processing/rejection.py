@@ -25,7 +25,7 @@ def map_peak(similarity_map: np.ndarray) -> float:
 
 
 def is_rejected(
-    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float = REJECT_THRESHOLD
+    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float | None = REJECT_THRESHOLD
 ) -> bool:
     """
     The rejection rule.

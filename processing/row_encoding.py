@@ -219,7 +219,7 @@ def _edges(pieces: list[Piece]) -> list[int]:
     return [place for place in range(1, len(pieces)) if pieces[place].learnt != pieces[place - 1].learnt]
 
 
-def expand_image(row: Row, image_token_id: int, count: int) -> Row:
+def expand_image(row: Row, image_token_id: int | None, count: int) -> Row:
     """
     The row with `count` image tokens for its placeholder.
 

@@ -1,4 +1,4 @@
-"""The import rules of the package, checked on its source: run by `make check`, which prints the arrows."""
+"""The rules of the package, checked on its source: run by `make check`, which prints which room imports which."""
 
 import ast
 import sys
@@ -91,7 +91,7 @@ def arrows_and_problems() -> tuple[dict[str, set[str]], list[str]]:
             arrows[room].add(target)
             if target not in ARROWS[room]:
                 found.append(f"{place}:{line}: {room} may not import {target}, got {module}")
-        found += too_long(path) + foreign_code(path)
+        found += too_long(path) + foreign_code(path) + untyped(path)
     return arrows, found
 
 
@@ -120,6 +120,29 @@ def foreign_code(path: Path) -> list[str]:
             called == "torch.load" and given.get("weights_only") != "True"
         ):
             found.append(f"{place}:{node.lineno}: {called} of anything but weights runs what a file says")
+    return found
+
+
+def untyped(path: Path) -> list[str]:
+    """Public functions and methods, constructors among them, whose parameters or result have no type."""
+    found, place = [], path.relative_to(ROOT)
+
+    def look_into(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                look_into(child)
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if child.name.startswith("_") and child.name not in ("__init__", "__call__"):
+                continue
+            given = child.args
+            every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            bare = [one.arg for one in every if one and not one.annotation and one.arg not in ("self", "cls")]
+            bare += ["its result"] if child.returns is None and child.name != "__init__" else []
+            if bare:
+                found.append(f"{place}:{child.lineno}: {child.name} has no type for {', '.join(bare)}")
+
+    look_into(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 

@@ -126,7 +126,7 @@ class UGroundTrainingConfig(SFTConfig):
     def _fit_to_device(self) -> None:
         """Choose what this machine can do, before `SFTConfig` refuses what it cannot, or PyTorch warns of it."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.dataloader_num_workers = min(self.dataloader_num_workers, cores)
+        self.dataloader_num_workers = min(self.dataloader_num_workers, cores or 1)
         if torch.accelerator.is_available() and not self.use_cpu:
             if self.bf16 is not False and not self.fp16:
                 self.bf16 = is_torch_bf16_gpu_available()

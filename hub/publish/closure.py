@@ -12,13 +12,13 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, logging
 
 from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.example import write_example
-from uground.hub.publish.model_card import CardFacts
 from uground.hub.publish.recipe_file import RECIPE_FILE
 from uground.hub.weights.checkpoint_folder import load_checkpoint
 from uground.hub.weights.code_files import stamp_config, write_code
@@ -30,7 +30,7 @@ def complete_folder(
     example: bool = True,
     model: UGroundForReferringSegmentation | None = None,
     replace_card: bool = False,
-    **facts: CardFacts,
+    **facts: Any,
 ) -> None:
     """
     Add what a checkpoint folder lacks of a complete one, in place; weights and processor must lie there.

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import logging
 
@@ -23,7 +24,7 @@ from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.closure import complete_folder, keep_files, refuse_facts
 from uground.hub.publish.commit import check_repo_id, commit_files, require_token
-from uground.hub.publish.model_card import CardFacts, check_card
+from uground.hub.publish.model_card import check_card
 from uground.hub.publish.recipe_file import RECIPE_FILE
 from uground.hub.weights.checkpoint_folder import (
     ADAPTER_CONFIG,
@@ -64,7 +65,7 @@ def staged(
     adapter: bool = False,
     example: bool = True,
     base_model: str | None = None,
-    **facts: CardFacts,
+    **facts: Any,
 ) -> Iterator[Path]:
     """
     A temporary folder with all that a repository should hold, made of a checkpoint folder that is only read.
@@ -154,7 +155,7 @@ def publish(
     dry_run: bool = False,
     adapter: bool = False,
     example: bool = True,
-    **facts: CardFacts,
+    **facts: Any,
 ) -> str | None:
     """
     Publish a folder in one commit; what the command does.
@@ -175,7 +176,7 @@ def publish(
         ValueError: the folder cannot be published; nothing was sent.
     """
     check_repo_id(repo_id)
-    token = None if dry_run else require_token()
+    token = "" if dry_run else require_token()
     base_models = facts.get("base_models")
     base_model = base_models[0] if adapter and base_models else None
     with staged(path, adapter, example, base_model, repo_id=repo_id, **facts) as folder:

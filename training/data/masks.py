@@ -68,7 +68,7 @@ def union_mask(rles: Sequence[dict], size: tuple[int, int]) -> dict:
     return _plain(coco_mask.merge([_from_rle(rle, size, "a mask") for rle in rles], intersect=False))
 
 
-def check_size(size: object, name: str) -> tuple[int, int]:
+def check_size(size: Any, name: str) -> tuple[int, int]:
     """
     Height and width of a mask.
 
@@ -85,7 +85,7 @@ def check_size(size: object, name: str) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def read_runs(rle: dict, name: str) -> tuple[tuple[int, int], np.ndarray]:
+def read_runs(rle: Mapping, name: str) -> tuple[tuple[int, int], np.ndarray]:
     """
     Size and runs of a COCO RLE, compressed or not.
 
@@ -189,7 +189,7 @@ def read_mask(segmentation: Any, size: tuple[int, int], name: str) -> dict:
     raise ValueError(f"{name}: a mask must be polygons or RLE, got {type(segmentation).__name__}")
 
 
-def _from_rle(rle: dict, size: tuple[int, int], name: str) -> dict:
+def _from_rle(rle: Mapping, size: tuple[int, int], name: str) -> dict:
     found, runs = read_runs(rle, name)
     check_same_size(found, size, f"{name}: its mask")
     return _from_runs(found, runs)

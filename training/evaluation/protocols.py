@@ -90,7 +90,7 @@ def query_iou(query: Any) -> float:
     return math.fsum(pair_ious(query)) / len(query.pairs)
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole else None
 
 
