@@ -15,7 +15,13 @@ def read(dataset, root, split="val"):
     return list(read_samples(dataset, root, split))
 
 
-@pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog", "refcocog-google", "refclef"])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        *("refcoco", "refcoco+", "refcocog", "refcocog-google", "refclef"),
+        *("refcoco-unified", "refcoco+-unified", "refcocog-unified"),
+    ],
+)
 def test_single_targets(tmp_path, dataset):
     folder, file = FOLDERS[dataset]
     references = [

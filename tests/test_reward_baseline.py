@@ -3,6 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_training import tiny_trainer
 from torch import nn
 
 from uground.training.objectives.reward_baseline import BASELINE_FILE, BaselineTraining, RewardBaseline
@@ -135,3 +137,28 @@ def test_a_step_without_finite_gradients_is_left_out():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RewardBaseline(LAYERS, **settings)
+
+
+def test_a_new_run_begins_with_the_critic_beside_its_model(tmp_path):
+    """As a converter leaves it; the average of that run's rewards stays behind."""
+    model = tiny_model().train()
+    model.save_pretrained(tmp_path / "start")
+    left = RewardBaseline(model.config.num_layers, "critic", critic_hidden_size=6)
+    left.update(torch.tensor(3.0))
+    BaselineTraining(left).save(tmp_path / "start")
+    model = type(model).from_pretrained(tmp_path / "start")
+    settings = {"policy_baseline": "critic", "critic_hidden_size": 6, "learning_rate": 0.0, "max_steps": 1}
+    trainer = tiny_trainer(tmp_path / "run", model=model, **settings)
+    trainer.train()
+    begun = trainer.baseline_training.baseline
+    assert all(torch.equal(value, begun.critic.state_dict()[name]) for name, value in left.critic.state_dict().items())
+    assert begun.reward_updates == 1
+    average = tiny_trainer(tmp_path / "other", model=model, **{**settings, "policy_baseline": "ema"})
+    average.train()
+    assert average.baseline_training.baseline.critic is None
+
+
+def test_a_critic_of_another_width_is_refused(tmp_path):
+    BaselineTraining(RewardBaseline(LAYERS, "critic", critic_hidden_size=6)).save(tmp_path)
+    with pytest.raises(ValueError, match=r"^the critic in .* must hold .*7, 5.*, got .*6, 5"):
+        BaselineTraining(RewardBaseline(LAYERS, "critic", critic_hidden_size=7)).load_critic(tmp_path)

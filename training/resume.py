@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from uground.training.checkpoints import check_same_run, last_complete_checkpoint
+from uground.training.objectives.reward_baseline import BASELINE_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +110,17 @@ class ResumeMixin:
         """The reward's baseline of a checkpoint; one of a run that drew no layers has none."""
         if self.baseline_training is not None:
             self.baseline_training.load(folder)
+
+    def _begin_baseline(self) -> None:
+        """
+        The critic that lies beside the weights a new run begins with, as a converter leaves it; the average of the
+        rewards is that of another run and begins anew.
+        """
+        origin = Path(self.bare_model.config.name_or_path or "")
+        if self.baseline_training is None or self.args.policy_baseline != "critic":
+            return
+        if (origin / BASELINE_FILE).is_file() and self.baseline_training.load_critic(origin):
+            logger.info(f"the critic begins as it lies in {origin}")
 
     @property
     def is_sharded(self) -> bool:

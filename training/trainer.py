@@ -187,6 +187,8 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
                 return self._load_end(resume_from_checkpoint)
             if resume_from_checkpoint:
                 self._load_baseline(resume_from_checkpoint)
+            else:
+                self._begin_baseline()
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:

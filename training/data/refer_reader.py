@@ -44,6 +44,10 @@ LAYOUTS = {
     "refcoco": ReferLayout("refcoco", ("refs(unc).p",)),
     "refcoco+": ReferLayout("refcoco+", ("refs(unc).p",)),
     "refcocog": ReferLayout("refcocog", ("refs(umd).p",)),
+    # The lists that SESAME and READ train and measure with.
+    "refcoco-unified": ReferLayout("refcoco", ("refs(unc_exclude_unified).p",)),
+    "refcoco+-unified": ReferLayout("refcoco+", ("refs(unc_exclude_unified).p",)),
+    "refcocog-unified": ReferLayout("refcocog", ("refs(umd_exclude_unified).p",)),
     "refcocog-google": ReferLayout("refcocog", ("refs(google).p",)),
     "refclef": ReferLayout(
         "refclef", ("refs(unc).p",), ("refer_seg/images/saiapr_tc-12", "images/saiapr_tc-12", "saiapr_tc-12")

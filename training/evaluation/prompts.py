@@ -12,7 +12,8 @@ from uground.training.data.wording import EVALUATION_PHRASE, SEGMENT
 
 READ = "read"
 ANSWER = f"Sure, the segmentation result is {SEGMENT}."
-FORCED = ("reasonseg", "refcoco", "refcoco+", "refcocog")
+REFERRING = ("refcoco", "refcoco+", "refcocog")
+FORCED = ("reasonseg", *REFERRING, *(f"{name}-unified" for name in REFERRING))
 GENERATED = ("fprefcoco", "fprefcoco+", "fprefcocog")
 SYSTEM_PROMPTS = {
     name: f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, "

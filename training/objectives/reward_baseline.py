@@ -19,6 +19,7 @@ from uground.training.objectives.losses import OFFICIAL_EMA_DECAY
 
 BASELINES = ("ema", "critic")
 BASELINE_FILE = "reward_baseline.safetensors"
+CRITIC_PREFIX = "critic."
 # Of the moments of the critic's own AdamW, in the same file.
 _MOMENTS = "optimizer."
 # Where release 0.1.0 kept the baseline: among the weights of the model, or of its adapter.
@@ -162,6 +163,29 @@ class BaselineTraining:
                 number, key = name.removeprefix(_MOMENTS).split(".")
                 state["state"].setdefault(int(number), {})[key] = value
             self.optimizer.load_state_dict(state)
+        return True
+
+    def load_critic(self, folder: str | os.PathLike) -> bool:
+        """
+        Read the critic's weights alone of what [`save`] or a converter wrote; moments and average stay as they are.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ValueError: it is of another width, or of another number of layers.
+        """
+        found = {
+            name.removeprefix(CRITIC_PREFIX): tensor
+            for name, tensor in load_file(Path(folder) / BASELINE_FILE).items()
+            if name.startswith(CRITIC_PREFIX)
+        }
+        if not found or self.baseline.critic is None:
+            return False
+        wanted = self.baseline.critic.state_dict()
+        if _shapes(found) != _shapes(wanted):
+            raise ValueError(f"the critic in {folder} must hold {_shapes(wanted)}, got {_shapes(found)}")
+        self.baseline.critic.load_state_dict(found)
         return True
 
 
