@@ -1,4 +1,4 @@
-"""Annotations of other tools as JSONL: the frame that all formats share, and COCO, labelme and YOLO."""
+"""Annotations as JSONL: what all formats share, and COCO, labelme and YOLO."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conversions import convert, drawn, overlap, png_text, refused
 from miniatures import (
     HEIGHT,
     SIZE,
@@ -18,50 +19,10 @@ from miniatures import (
     save_image,
     save_json,
 )
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 from uground.training.data.jsonl import JsonlSource
 from uground.training.data.to_jsonl import main, to_jsonl
-
-
-def convert(kind, source, output, **settings):
-    """The lines by id, with examples read back by what trains on them; and the closing table."""
-    tally, counts = to_jsonl(kind, source, output, quiet=True, **settings)
-    source = JsonlSource(output)
-    lines = [source.line(index) for index in range(len(source))]
-    for index, line in enumerate(lines):
-        (line["example"],) = source[index]["examples"]
-        line["decoded"] = [decoded(mask) for mask in line["example"]["masks"]]
-    assert counts.total() == len(lines)
-    assert len({line["id"] for line in lines}) == len(lines)
-    return {line["id"]: line for line in lines}, "\n".join(tally.table())
-
-
-def refused(capsys, *arguments) -> str:
-    """The one line of an error of the command."""
-    assert main([*map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("to_jsonl: error: ")
-    return line
-
-
-def png_text(mask: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def drawn(shape: str, *arguments, size=SIZE) -> np.ndarray:
-    """A shape as Pillow draws it at eight times the size: what is covered by half is in."""
-    scale = 8
-    canvas = Image.new("L", (size[1] * scale, size[0] * scale))
-    getattr(ImageDraw.Draw(canvas), shape)([scale * number for number in arguments], fill=255)
-    return np.asarray(canvas.resize((size[1], size[0]), Image.Resampling.BOX)) >= 128
-
-
-def overlap(first: np.ndarray, second: np.ndarray) -> float:
-    return float((first & second).sum() / (first | second).sum())
-
 
 # COCO
 

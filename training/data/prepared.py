@@ -173,7 +173,7 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
         # `datasets` stumbles over a file without rows.
         names = [path for path, count in counts.items() if count]
         starts = np.cumsum([0, *(counts[path] for path in names[:-1])]).tolist()
-        data = _loaded(name, "parquet", data_files={split: names}, split=split) if names else []
+        data = loaded_dataset(name, "parquet", data_files={split: names}, split=split) if names else []
     elif is_prepared(name):
         data = _hub_dataset(os.fspath(name), split)
         names, starts = [f"{name}, split {split!r}"], [0]
@@ -197,7 +197,13 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     return data.with_transform(partial(_opened, names=names, starts=starts))
 
 
-def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
+def loaded_dataset(name: str | os.PathLike, *arguments, **settings):
+    """
+    What `load_dataset` returns.
+
+    Raises:
+        OSError: there is no such dataset. ValueError: it cannot be read.
+    """
     try:
         return load_dataset(*arguments, **settings)
     except DatasetNotFoundError as error:
@@ -208,7 +214,7 @@ def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
 
 def _hub_dataset(name: str, split: str) -> Dataset:
     repo_id, _, revision = name.partition("@")
-    data = _loaded(name, repo_id, revision=revision or None, split=split)
+    data = loaded_dataset(name, repo_id, revision=revision or None, split=split)
     for column in OPTIONAL_COLUMNS:
         if column not in data.column_names:
             data = data.add_column(column, [None] * len(data), feature=FEATURES[column])

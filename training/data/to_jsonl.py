@@ -23,7 +23,11 @@ from tqdm import tqdm
 from uground.command_line import CommandParser, checked_seed, one_line, run_command, seed_number
 from uground.training.data.importers.annotated import Importer, PictureFinder, Reading, Tally
 from uground.training.data.importers.coco_importer import read_coco
+from uground.training.data.importers.column_importer import read_annotated, read_columns
 from uground.training.data.importers.composing import SEVERAL, UNION, Composer, check_templates
+from uground.training.data.importers.cvat_importer import read_cvat
+from uground.training.data.importers.label_map_importer import read_label_map_files
+from uground.training.data.importers.label_studio_importer import read_label_studio
 from uground.training.data.importers.labelme_importer import read_labelme
 from uground.training.data.importers.yolo_importer import read_yolo
 from uground.training.data.jsonl import JSONL
@@ -32,9 +36,17 @@ KINDS: dict[str, Importer] = {
     "coco": read_coco,
     "labelme": read_labelme,
     "yolo": read_yolo,
+    "voc": read_label_map_files,
+    "cvat": read_cvat,
+    "labelstudio": read_label_studio,
+    "hub": read_columns,
+    "annotated": read_annotated,
 }
+# Kinds whose annotations hold queries, so that there is no list of names.
+WITHOUT_NAMES = ("hub", "annotated")
 FAIL, SKIP = "fail", "skip"
 TEMPLATE = "the {name}"
+NO_SPLIT = None
 
 
 @contextmanager
@@ -80,7 +92,9 @@ def to_jsonl(
     split: str | None = None,
     seed: int = 0,
     on_bad: str = FAIL,
+    predictions: bool = False,
     least_score: float = 0.0,
+    columns: tuple[str, str, str] = ("image", "text", "mask"),
     quiet: bool = False,
 ) -> tuple[Tally, Counter]:
     """
@@ -99,7 +113,9 @@ def to_jsonl(
         split: name of the split of all lines; by default as the annotations say.
         seed: of the templates and negatives.
         on_bad: at a picture or annotation that makes no sense: `"fail"`, or `"skip"` the picture and count it.
+        predictions: whether a model's predictions count where nobody annotated.
         least_score: predictions of a lower score are left out.
+        columns: those of image, text and mask, of a data set of the Hub.
         quiet: show no progress bar.
 
     Returns:
@@ -112,13 +128,27 @@ def to_jsonl(
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r} of annotations; there are: {', '.join(KINDS)}")
     check_templates(queries)
-    folder = Path(images) if images is not None else source if source.is_dir() else source.parent
+    if negatives and kind in WITHOUT_NAMES:
+        raise ValueError(f"--negatives needs a list of names, which {kind} has not; expected 0, got {negatives}")
+    # What has no folder here, a data set of the Hub, holds its pictures itself.
+    folder = Path(images if images is not None else source if source.is_dir() else source.parent)
+    folder = Path() if images is None and kind in WITHOUT_NAMES and not source.exists() else folder
     if not folder.is_dir():
         raise FileNotFoundError(f"--images {folder} is not a folder")
     names_file = None if names is None else Path(names)
     if names_file is not None and not names_file.is_file():
         raise FileNotFoundError(f"--names {names_file} is no file")
-    reading = Reading(source, PictureFinder(folder, tally), tally, names_file, boxes, split, least_score=least_score)
+    reading = Reading(
+        source,
+        PictureFinder(folder, tally),
+        tally,
+        names_file,
+        boxes,
+        split,
+        takes_predictions=predictions,
+        least_score=least_score,
+        columns=columns,
+    )
     composer = Composer(
         output, pictures_beside(output), queries, several, negatives, checked_seed(seed, "--seed"), tally
     )
@@ -140,6 +170,12 @@ def to_jsonl(
                 _write(file, line, counts)
         for line in composer.denials(tuple(reading.names)):
             _write(file, line, counts)
+        splits = dict.fromkeys(split for split, _ in counts)
+        if NO_SPLIT in splits and len(splits) > 1:
+            raise ValueError(
+                f"{source}: some pictures belong to a split ({', '.join(filter(None, splits))}) and others to none; "
+                "name one for all with --split"
+            )
         if not counts:
             raise ValueError("; ".join((f"{source} holds nothing that can be asked for", *tally.table())))
     return tally, counts
@@ -161,7 +197,7 @@ def _write(file, line: dict, counts: Counter) -> None:
     attribute = line.get("attribute") or (
         "res" if len(line["masks"]) == 1 else "multi_rs" if line["masks"] else "fp_res"
     )
-    counts[line.get("split") or "no split", attribute] += 1
+    counts[line.get("split", NO_SPLIT), attribute] += 1
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -193,6 +229,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="split of all lines; by default as the annotations say")
     parser.add_argument("--seed", type=seed_number, default=0, help="of templates and negatives")
     parser.add_argument("--on-bad", choices=[FAIL, SKIP], default=FAIL, help="at a picture that cannot be used")
+    parser.add_argument(
+        "--predictions", action="store_true", help="take what a model predicted where nobody annotated (labelstudio)"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs=3,
+        default=("image", "text", "mask"),
+        metavar=("IMAGE", "TEXT", "MASK"),
+        help="columns of a data set of the Hub (default: image text mask)",
+    )
     parser.add_argument("--min-score", type=float, default=0.0, help="leave out predictions of a lower score")
     arguments = parser.parse_args(argv)
     if arguments.negatives < 0:
@@ -220,13 +266,15 @@ def _run(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         seed=arguments.seed,
         on_bad=arguments.on_bad,
+        predictions=arguments.predictions,
         least_score=arguments.min_score,
+        columns=tuple(arguments.columns),
     )
     for line in tally.table():
         print(line)
     by_split = {}
-    for (split, attribute), count in sorted(counts.items()):
-        by_split.setdefault(split, []).append(f"{count} {attribute}")
+    for (split, attribute), count in counts.items():
+        by_split.setdefault("no split" if split is NO_SPLIT else split, []).append(f"{count} {attribute}")
     parts = "; ".join(f"{split}: {', '.join(parts)}" for split, parts in by_split.items())
     print(f"{counts.total()} lines in {arguments.output} ({parts})")
 

@@ -146,13 +146,14 @@ class Canvas:
 
     def mask(self, segmentation, place: str) -> dict:
         """RLE of the upright picture from what [`read_mask`] takes, drawn on this canvas."""
-        return self._upright(read_mask(segmentation, self.size, place))
+        return self.upright(read_mask(segmentation, self.size, place))
 
     def pixels(self, mask: np.ndarray) -> dict:
         """RLE of the upright picture from a boolean mask `(H, W)` of this canvas."""
-        return self._upright(encode_mask(mask))
+        return self.upright(encode_mask(mask))
 
-    def _upright(self, rle: dict) -> dict:
+    def upright(self, rle: dict) -> dict:
+        """RLE of the upright picture from one of this canvas."""
         if not self.is_stored:
             return rle
         turned = Image.fromarray(decode_mask(rle)).transpose(TURN[self.picture.orientation])
@@ -167,12 +168,28 @@ class Thing:
     Attributes:
         name: what it is called.
         mask: RLE of the upright picture.
-        query: what asks for it, where the annotations hold that.
     """
 
     name: str
     mask: dict
-    query: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    A query that the annotations themselves hold.
+
+    Attributes:
+        query: what is asked.
+        masks: RLE of the upright picture, one per object.
+        phrases: a name per mask, None where there are none.
+        answer: with a `[SEG]` per mask, None where one is to be made.
+    """
+
+    query: str
+    masks: tuple[dict, ...]
+    phrases: tuple[str, ...] | None = None
+    answer: str | None = None
 
 
 @dataclass
@@ -188,7 +205,7 @@ class AnnotatedPicture:
         ignore: RLE of pixels that count neither way, and the name they concern, None for all.
         present: names that the picture holds, also where their mask was left out.
         absent: names known not to be in it, where the annotations list them; None where all others are.
-        denied: queries of things that are said not to be there.
+        questions: what is asked in words of its own.
     """
 
     key: str
@@ -198,7 +215,7 @@ class AnnotatedPicture:
     ignore: list[tuple[str | None, dict]] = field(default_factory=list)
     present: set[str] = field(default_factory=set)
     absent: tuple[str, ...] | None = None
-    denied: list[str] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
 
 
 @dataclass
@@ -214,7 +231,9 @@ class Reading:
         takes_boxes: whether a box counts as a filled mask; None for the custom of the format.
         split: the split that was named, for all.
         names: those of the data set, whether a picture holds them or not.
+        takes_predictions: whether what a model predicted counts where nobody annotated.
         least_score: predictions of a lower score are left out.
+        columns: those of image, text and mask, of a dataset in columns.
     """
 
     source: Path
@@ -224,7 +243,9 @@ class Reading:
     takes_boxes: bool | None = None
     split: str | None = None
     names: dict[str, None] = field(default_factory=dict)
+    takes_predictions: bool = False
     least_score: float = 0.0
+    columns: tuple[str, str, str] = ("image", "text", "mask")
 
     def files(self, *endings: str) -> list[Path]:
         """
@@ -258,14 +279,14 @@ class Reading:
         names = [word.lower().rstrip("0123456789") for word in words]
         return next((name for name in names if name in SPLIT_NAMES), None)
 
-    def add(self, found: AnnotatedPicture, name: str, mask: dict, what: str, place: str, query=None) -> None:
+    def add(self, found: AnnotatedPicture, name: str, mask: dict, what: str, place: str) -> None:
         """Take a mask of a thing if it has a pixel."""
         found.present.add(name)
         if is_empty(mask, place):
             self.tally.leave(NO_AREA, place)
         else:
             self.tally.take(what, place)
-            found.things.append(Thing(name, mask, query))
+            found.things.append(Thing(name, mask))
 
     def takes_box(self, place: str, usually: bool) -> bool:
         """Whether a box becomes a mask; says so either way."""
@@ -306,20 +327,31 @@ class PictureFinder:
         Raises:
             OSError: there is no such file. ValueError: several files of this name may be meant.
         """
-        given = PurePosixPath(name.replace("\\", "/"))
-        folders = [folder for folder in (beside, self.folder) if folder is not None]
-        for path in (folder / given for folder in folders):
-            if _is_file(path):
-                return path
-        return self._only(given.name, f"the image {name!r}", place)
+        found = self.lies_at(name, beside)
+        return found or self._only(PurePosixPath(name.replace("\\", "/")).name, f"the image {name!r}", place)
 
-    def of_stem(self, stems: str | Sequence[str], place: str) -> Path:
-        """The picture of one of these paths without an ending, or of this name anywhere; errors as in [`find`]."""
-        stems = [stems] if isinstance(stems, str) else stems
+    def lies_at(self, name: str, beside: Path | None = None) -> Path | None:
+        """The file at the very path that annotations have, None where there is none."""
+        given = PurePosixPath(name.replace("\\", "/"))
+        paths = [folder / given for folder in (beside, self.folder) if folder is not None]
+        return next((path for path in paths if _is_file(path)), None)
+
+    def of_stem(self, stems: Sequence[str], place: str, other_than: Path | None = None) -> Path:
+        """
+        The picture of one of these paths without an ending, or of this name anywhere.
+
+        Args:
+            stems: the paths, below the folder.
+            place: what to call the annotation in an error message.
+            other_than: a picture that is not meant, such as the mask itself.
+
+        Raises as [`find`] does.
+        """
         for stem in stems:
             at = self.folder / stem
             endings = [form for ending in PICTURE_ENDINGS for form in (ending, ending.upper())]
             found = [path for ending in endings if _is_file(path := at.with_name(at.name + ending))]
+            found = [path for path in found if other_than is None or not path.samefile(other_than)]
             # A file system that does not tell capitals apart shows one file twice.
             real = list({path.resolve(): path for path in found}.values())
             if len(real) > 1:
@@ -327,9 +359,9 @@ class PictureFinder:
             if real:
                 return real[0]
         name = PurePosixPath(stems[0]).name
-        return self._only(name, f"a picture called {name}.*", place)
+        return self._only(name, f"a picture called {name}.*", place, other_than)
 
-    def _only(self, name: str, what: str, place: str) -> Path:
+    def _only(self, name: str, what: str, place: str, other_than: Path | None = None) -> Path:
         """The one picture below the folder with this name, with or without its ending."""
         if self._by_name is None:
             self._by_name = {}
@@ -337,7 +369,7 @@ class PictureFinder:
                 for path in (Path(folder, file) for file in sorted(files) if file.lower().endswith(PICTURE_ENDINGS)):
                     for key in {path.name, path.stem}:
                         self._by_name.setdefault(key, []).append(path)
-        found = self._by_name.get(name, [])
+        found = [path for path in self._by_name.get(name, []) if other_than is None or not path.samefile(other_than)]
         if not found:
             raise FileNotFoundError(f"{place}: {what} is not below {self.folder}")
         if len(found) > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uground.training.data.importers.annotated import AnnotatedPicture, Tally, Thing
+from uground.training.data.importers.annotated import AnnotatedPicture, Tally
 from uground.training.data.masks import decode_mask, encode_mask, is_empty, union_mask
 
 UNION, LIST, EACH = "union", "list", "each"
@@ -58,23 +58,28 @@ class Composer:
         self._seen: dict[str, AnnotatedPicture] = {}
 
     def lines(self, found: AnnotatedPicture) -> Iterator[dict]:
-        """The lines about what a picture holds, and about what its annotations deny."""
+        """The lines about what a picture holds, and what its annotations ask in words."""
         path = self._path(found)
         self._remember(path, found)
-        by_name: dict[tuple[str, str | None], list[Thing]] = {}
+        by_name: dict[str, list[dict]] = {}
         for thing in found.things:
-            by_name.setdefault((thing.name, thing.query), []).append(thing)
-        for (name, query), things in by_name.items():
-            for masks in self._grouped([thing.mask for thing in things], found.picture.size):
-                number = len(things) if len(masks) == 1 and self.several == UNION else 1
-                attribute = {"attribute": "gres"} if number > 1 else {}
-                yield self._line(found, path, name, query, masks, **attribute, **self._ignored(found, name, masks))
-        for query in found.denied:
-            yield self._line(found, path, query, query, [])
-        unasked = {name for name, _ in found.ignore if name is not None} - {name for name, _ in by_name}
+            by_name.setdefault(thing.name, []).append(thing.mask)
+        for name, objects in by_name.items():
+            for masks in self._grouped(objects, found.picture.size):
+                attribute = {"attribute": "gres"} if len(objects) > 1 and self.several == UNION else {}
+                phrases = {"phrases": [name] * len(masks)}
+                yield self._line(found, path, name, masks, **phrases, **attribute, **self._ignored(found, name, masks))
+        for asked in found.questions:
+            more = {"phrases": None if asked.phrases is None else list(asked.phrases), "answer": asked.answer}
+            more = {key: value for key, value in more.items() if value is not None}
+            masks = list(asked.masks)
+            yield self._line(
+                found, path, asked.query, masks, query=asked.query, **more, **self._ignored(found, None, masks)
+            )
+        unasked = {name for name, _ in found.ignore if name is not None} - set(by_name)
         for name in sorted(unasked):
             self.tally.leave("a class of which a picture holds nothing but what is ignored", f"{found.key}, {name}")
-        if not by_name and not found.denied:
+        if not by_name and not found.questions:
             self.tally.leave("a picture of which nothing is asked", found.key)
 
     def denials(self, names: Sequence[str]) -> Iterator[dict]:
@@ -87,7 +92,7 @@ class Composer:
             if len(chosen) < self.negatives:
                 self.tally.leave("a negative: the picture lacks too few names", found.key)
             for name in chosen:
-                yield self._line(found, path, name, None, [])
+                yield self._line(found, path, name, [])
 
     def _path(self, found: AnnotatedPicture) -> str:
         picture = found.picture
@@ -116,7 +121,7 @@ class Composer:
             return [[union_mask(masks, size)]]
         return [masks] if self.several == LIST else [[mask] for mask in masks]
 
-    def _ignored(self, found: AnnotatedPicture, name: str, masks: list[dict]) -> dict:
+    def _ignored(self, found: AnnotatedPicture, name: str | None, masks: list[dict]) -> dict:
         ignored = [mask for about, mask in found.ignore if about in (None, name)]
         if not ignored:
             return {}
@@ -126,18 +131,14 @@ class Composer:
         rle = encode_mask(np.asarray(left))
         return {} if is_empty(rle) else {"ignore": rle}
 
-    def _line(
-        self, found: AnnotatedPicture, path: str, name: str, query: str | None, masks: list[dict], **more
-    ) -> dict:
+    def _line(self, found: AnnotatedPicture, path: str, name: str, masks: list[dict], **more) -> dict:
         identifier = " ".join(filter(None, (found.split, found.key, name)))
         self._ids[identifier] += 1
         if self._ids[identifier] > 1:
             identifier = f"{identifier} {self._ids[identifier]}"
-        if query is None:
-            query = random.Random(f"{self.seed} {identifier}").choice(self.templates).replace(NAME, name)
+        query = random.Random(f"{self.seed} {identifier}").choice(self.templates).replace(NAME, name)
         split = {} if found.split is None else {"split": found.split}
-        phrases = {"phrases": [name] * len(masks)} if masks else {}
-        return {"id": identifier, **split, "image": path, "query": query, **phrases, "masks": masks, **more}
+        return {"id": identifier, **split, "image": path, "query": query, "masks": masks, **more}
 
 
 __all__ = ["EACH", "LIST", "SEVERAL", "UNION", "Composer", "check_templates"]

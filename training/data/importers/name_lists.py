@@ -46,9 +46,12 @@ def read_names(path: Path) -> dict[int | tuple[int, int, int], str]:
     if path.suffix.lower() == ".json":
         return names_of(read_json(path), f"{path}: names")
     lines = [line.strip() for line in read_lines(path)]
-    lines = lines if all(lines) else [line for line in lines if line]
-    if not lines:
+    lines = [line for line in lines if line]
+    if not any(line for line in lines if line != "__ignore__"):
         raise ValueError(f"{path} holds no names")
+    # labelme counts from its name for what is ignored, as -1.
+    if lines[0] == "__ignore__":
+        lines = lines[1:]
     # CVAT's label map: `name:r,g,b:parts:actions`, under a line that begins with #.
     if lines[0].startswith("#") and not COLOUR.match(lines[0]):
         lines = lines[1:]
