@@ -20,9 +20,17 @@ from miniatures import (
     save_json,
 )
 from PIL import Image, ImageOps
+from tiny_processor import gradient_image, tiny_processor
 
+from uground.processing.drawing import segment_color
+from uground.training.check_data import check_data, contact_sheet, mask_panels
+from uground.training.check_data import main as check_main
 from uground.training.data.jsonl import JsonlSource
+from uground.training.data.prepare import main as prepare
+from uground.training.data.prepared import prepared_dataset
 from uground.training.data.to_jsonl import main, to_jsonl
+from uground.training.evaluation.datasets import evaluation_data
+from uground.training.finetune import FinetuneArguments, open_source
 
 # COCO
 
@@ -473,3 +481,71 @@ def test_a_bad_data_file_of_yolo_is_named(yolo, content, message):
     (yolo / "data.yaml").write_text(content)
     with pytest.raises((OSError, ValueError), match=rf"data\.yaml.*{message}"):
         to_jsonl("yolo", yolo / "data.yaml", yolo / "mine.jsonl", quiet=True)
+
+
+# What reads the file
+
+
+def test_training_evaluation_and_prepared_data_take_a_split_of_the_file(yolo, capsys):
+    convert("yolo", yolo / "data.yaml", yolo / "mine.jsonl", boxes=True)
+    file = str(yolo / "mine.jsonl")
+    arguments = FinetuneArguments()
+    assert [len(open_source(name, arguments)[0]) for name in (file, f"{file}:train", f"{file}:val")] == [2, 2, 1]
+    with pytest.raises(ValueError, match="has no split 'validation'; it has: train, val"):
+        open_source(file, arguments, "validation")
+    data = evaluation_data(f"{file}:val", None, "test", None, 0)
+    assert (data.size, data.split, data.example(0)["phrases"]) == (1, "val", ["tree"])
+    with pytest.raises(ValueError, match="has no split 'test'; it has: train, val"):
+        evaluation_data(file, None, "test", None, 0)
+    out = str(yolo / "prepared")
+    assert prepare([file, "--output", out, "--embed-images"]) == 0
+    assert "train: 2 examples" in capsys.readouterr().out
+    assert [len(prepared_dataset(out, name)) for name in ("train", "val")] == [2, 1]
+    assert prepared_dataset(out, "val")[0]["query"] == "the tree"
+    assert prepare([file, "--output", out, "--split", "test"]) == 2
+    assert "has no split 'test'; it has: train, val" in capsys.readouterr().err
+    assert [check_data(name, quiet=True).lines for name in (file, f"{file}:val", out, f"{out}:train")] == [3, 1, 3, 2]
+    assert check_data(out, quiet=True).shown[2].place == f"{out}:val row 0"
+    (yolo / "images" / "val" / "a.jpg").unlink()
+    assert prepare([file, "--output", str(yolo / "by path")]) == 2
+    assert "mine.jsonl:3: the image" in capsys.readouterr().err
+
+
+def test_the_sheet_leaves_objects_their_colours_and_marks_the_rest(folder):
+    picture = Image.fromarray(gradient_image(*SIZE))
+    picture.save(folder / "a.png")
+    line = {
+        "image": "a.png",
+        "query": "cup and spoon",
+        "phrases": ["the cup", "the spoon"],
+        "masks": [[box_polygon(3, 4, 12, 10)], None],
+        "ignore": [box_polygon(18, 4, 28, 16)],
+    }
+    (folder / "mine.jsonl").write_text(json.dumps(line))
+    (shown,) = check_data(folder / "mine.jsonl", quiet=True, processor=tiny_processor()).shown
+    assert shown.absent == ["the spoon"] and shown.place.endswith("mine.jsonl:1")
+    plain, marked = (np.asarray(panel).astype(int) for panel in mask_panels(shown.example))
+    scale = plain.shape[1] / WIDTH
+    inner = np.s_[round(4 * scale) + 2 : round(10 * scale) - 2, round(3 * scale) + 2 : round(12 * scale) - 2]
+    assert (plain[inner] == marked[inner]).all(), "an object keeps its colours"
+    far = np.s_[round(15 * scale) :, : round(12 * scale)]
+    assert marked[far].mean() < 0.5 * plain[far].mean()
+    ignored = marked[round(5 * scale) : round(15 * scale), round(19 * scale) : round(27 * scale)]
+    white = (ignored == 255).all(-1).mean()
+    assert 0.05 < white < 0.5
+    rim = marked[round(6 * scale), round(3 * scale) - 1]
+    assert (rim == segment_color(0)).all()
+    sheet = contact_sheet([shown])
+    assert sheet.width > 2 * plain.shape[1]
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_before_the_data_are_read(folder, capsys):
+    (folder / "mine.jsonl").write_text("{")
+    for sheet, message in (
+        (folder / "no" / "s.png", "No such file"),
+        (folder / "s.txt", "--sheet must end as a picture"),
+    ):
+        assert check_main([str(folder / "mine.jsonl"), "--sheet", str(sheet)]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and not printed.out
+    assert not (folder / "s.txt").exists()

@@ -22,7 +22,7 @@ from uground.training.adapters import lora_config, quantization_config, with_ada
 from uground.training.checkpoints import finished_steps, mark_finished, mark_unfinished
 from uground.training.collator import GroundingCollator
 from uground.training.data import scene_dataset
-from uground.training.data.jsonl import JsonlSource
+from uground.training.data.jsonl import JsonlSource, named_file
 from uground.training.data.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
 from uground.training.data.prepared import prepared_dataset
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
@@ -65,7 +65,7 @@ class FinetuneArguments:
     adapter: str | None = field(default=None, metadata={"help": "a saved adapter of this model to train further"})
     train_data: list[str] = field(
         default_factory=lambda: [SCENES],
-        metadata={"help": "JSONL files, prepared folders or Hub ids (both with or without :SPLIT), or scenes"},
+        metadata={"help": "JSONL files, prepared folders or Hub ids (all with or without :SPLIT), or scenes"},
     )
     train_weights: list[float] | None = field(
         default=None, metadata={"help": "share of each of these in an epoch; by default its size"}
@@ -94,7 +94,7 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
     Items of one source and what they are, as plain JSON.
 
     Args:
-        name: `"scenes"`, a JSONL file, or what `prepared_dataset` reads with or without `:SPLIT`.
+        name: `"scenes"`, a JSONL file or what `prepared_dataset` reads, both with or without `:SPLIT`.
         arguments: settings of the scenes.
         split: of scenes, and where the name does not say.
 
@@ -105,8 +105,9 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train"):
         count = arguments.scene_count if split == "train" else arguments.eval_scene_count
         settings = (arguments.scene_seed, arguments.queries_per_scene, arguments.attribute_weights)
         return scene_dataset(split, count, *settings), {"scenes": split, "count": count, "settings": list(settings)}
-    if name.endswith(".jsonl"):
-        source = JsonlSource(name)
+    if file := named_file(name):
+        path, named_split = file
+        source = JsonlSource(path, named_split or split)
         return source, source.record()
     dataset, _, named_split = name.partition(":")
     source = prepared_dataset(dataset, named_split or split)

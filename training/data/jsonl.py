@@ -455,4 +455,13 @@ def _box_iou(first, second) -> float:
     return float(overlap / (sum(areas) - overlap))
 
 
-__all__ = ["JSONL", "JsonlSource", "asks_for_masks", "build_example", "named_file", "parse_line", "read_line"]
+__all__ = [
+    "JSONL",
+    "REJECT",
+    "JsonlSource",
+    "asks_for_masks",
+    "build_example",
+    "named_file",
+    "parse_line",
+    "read_line",
+]

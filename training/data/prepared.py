@@ -20,7 +20,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.command_line import one_line
-from uground.training.data.files import open_image
+from uground.training.data.files import open_image, upright_size
+from uground.training.data.jsonl import JsonlSource
 from uground.training.data.masks import check_size, is_empty, read_mask
 from uground.training.data.records import Record
 
@@ -278,6 +279,32 @@ def checked_example(row: dict, name: str) -> dict:
         "masks": read,
         "ignore": None if ignore is None else read_mask(ignore.value, size, ignore.name),
     }
+
+
+def file_rows(source: JsonlSource, embed: bool = False) -> Iterator[dict]:
+    """
+    The lines of a JSONL file in the common schema, each read and checked.
+
+    Args:
+        source: the file.
+        embed: hold the bytes of the pictures, and of one that EXIF turns the turned pixels, which is what the masks
+            are about; by default their paths.
+
+    Raises:
+        OSError, ValueError: a line is bad, or a conversation of several turns, for which there is no column.
+    """
+    for index in range(len(source)):
+        (example,) = source[index]["examples"]
+        if "history" in example:
+            raise ValueError(f"{source.name_of(index)}: several turns cannot be stored, there is no column for them")
+        path = source.path.parent / source.line(index)["image"]
+        if not embed:
+            stored = str(path)
+        elif upright_size(path, f"{source.name_of(index)}: its image")[1] == 1:
+            stored = {"bytes": path.read_bytes(), "path": path.name}
+        else:
+            stored = example["image"]
+        yield {**example, "image": stored, "subset": None}
 
 
 def checked_answer(record: Record) -> list[Record]:

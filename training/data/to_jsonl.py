@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from uground.command_line import CommandParser, checked_seed, one_line, run_command, seed_number
-from uground.training.data.importers.annotated import Importer, PictureFinder, Reading, Tally
+from uground.training.data.importers.annotated import Entry, Importer, Picture, PictureFinder, Reading, Tally
 from uground.training.data.importers.coco_importer import read_coco
 from uground.training.data.importers.column_importer import read_annotated, read_columns
 from uground.training.data.importers.composing import SEVERAL, UNION, Composer, check_templates
@@ -152,12 +152,19 @@ def to_jsonl(
     composer = Composer(
         output, pictures_beside(output), queries, several, negatives, checked_seed(seed, "--seed"), tally
     )
-    counts: Counter = Counter()
+    return tally, _convert(KINDS[kind](reading), composer, reading, output, on_bad, quiet)
+
+
+def _convert(
+    annotated: Iterator[Entry], composer: Composer, reading: Reading, output: Path, on_bad: str, quiet: bool
+) -> Counter:
+    """Write the lines about annotated pictures; the number of them by split and attribute."""
+    counts, tally = Counter(), reading.tally
     with _whole_file(output) as (lines, pictures), open(lines, "w", encoding="utf-8") as file:
-        for annotated in tqdm(KINDS[kind](reading), unit=" pictures", disable=quiet):
+        for read in tqdm(annotated, unit=" pictures", disable=quiet):
             mark = tally.mark() if on_bad == SKIP else None
             try:
-                found = annotated()
+                found = read()
             except (OSError, ValueError) as error:
                 if mark is None:
                     raise
@@ -173,15 +180,15 @@ def to_jsonl(
         splits = dict.fromkeys(split for split, _ in counts)
         if NO_SPLIT in splits and len(splits) > 1:
             raise ValueError(
-                f"{source}: some pictures belong to a split ({', '.join(filter(None, splits))}) and others to none; "
-                "name one for all with --split"
+                f"{reading.source}: some pictures belong to a split ({', '.join(filter(None, splits))}) and others to "
+                "none; name one for all with --split"
             )
         if not counts:
-            raise ValueError("; ".join((f"{source} holds nothing that can be asked for", *tally.table())))
-    return tally, counts
+            raise ValueError("; ".join((f"{reading.source} holds nothing that can be asked for", *tally.table())))
+    return counts
 
 
-def _keep_picture(staged: Path, folder: Path, picture) -> None:
+def _keep_picture(staged: Path, folder: Path, picture: Picture) -> None:
     if folder.exists():
         raise FileExistsError(
             f"pictures are to go to {folder}, which exists already: remove it or name another --output"
