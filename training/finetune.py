@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
+from transformers import PrinterCallback, ProgressCallback
 
 from uground.checkpoint_loading import base_of, is_adapter, load_processor
 from uground.checkpoint_loading import load_model as load_checkpoint
@@ -25,6 +25,8 @@ from uground.training.data import scene_dataset
 from uground.training.data.jsonl import JsonlSource, named_file
 from uground.training.data.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
 from uground.training.data.prepared import prepared_dataset
+from uground.training.readable_log import ReadableLog
+from uground.training.settings_parser import SettingsParser
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
 SCENES = "scenes"
@@ -215,6 +217,9 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         mixture=mixture,
         callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
     )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ReadableLog)
     checkpoint = trainer.resumable_checkpoint()
     done = finished_steps(config.output_dir, trainer.run_record)
     if done and done >= trainer.total_steps():
@@ -229,6 +234,9 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         # First: saving may publish, with a card that tells the recipe.
         write_recipe(config.output_dir, arguments, config)
         print(f"fine-tuning on {trainer.accelerator.device.type} in {precision_of(config)}")
+        if checkpoint is not None:
+            step = Path(checkpoint).name.rpartition("-")[2]
+            print(f"resuming from step {step} of {trainer.total_steps()}, {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
@@ -243,8 +251,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> None:
-    parser = TrlParser((FinetuneArguments, UGroundTrainingConfig), description=__doc__.splitlines()[0])
-    arguments, config = parser.parse_args_and_config(argv)
+    parser = SettingsParser(FinetuneArguments, __doc__.splitlines()[0])
+    arguments, config = parser.parse(sys.argv[1:] if argv is None else argv)
     finetune(arguments, config)
 
 
