@@ -161,7 +161,7 @@ def _convert(
     """Write the lines about annotated pictures; the number of them by split and attribute."""
     counts, tally = Counter(), reading.tally
     with _whole_file(output) as (lines, pictures), open(lines, "w", encoding="utf-8") as file:
-        for read in tqdm(annotated, unit=" pictures", disable=quiet):
+        for read in tqdm(annotated, unit=" pictures", disable=quiet or None):
             mark = tally.mark() if on_bad == SKIP else None
             try:
                 found = read()
