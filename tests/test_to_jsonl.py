@@ -205,6 +205,34 @@ def test_a_bad_annotation_of_coco_is_named_and_nothing_is_written(folder, change
     assert sorted(path.name for path in folder.iterdir()) == ["a.png", "b.png", "c.json"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": {}}, "images must be a list, got {}"),
+        (
+            {"categories": [{"id": 1, "name": "cup"}, {"id": 1, "name": "mug"}]},
+            "lists the id 1 twice among its categories",
+        ),
+        ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]}, "twice among its images"),
+        ({"images": [{"id": 1, "file_name": "a.png", "height": 20}]}, "image 1 must have 'width'"),
+        ({"images": [{"id": 1, "file_name": "a.png", "neg_category_ids": [[1]]}]}, "neg_category_ids must be a whole"),
+    ],
+)
+def test_a_bad_file_of_coco_is_named(folder, change, message):
+    one = {"image_id": 1, "category_id": 1, "segmentation": [box_polygon(1, 1, 5, 5)]}
+    save_json(folder / "c.json", {**coco([one]), **change})
+    with pytest.raises(ValueError, match=rf"c\.json.*{message}"):
+        to_jsonl("coco", folder / "c.json", folder / "mine.jsonl", quiet=True)
+
+
+def test_names_that_end_in_numbers_do_not_share_an_id(folder):
+    names = ("cup 2", "cup")
+    one = {"image_id": 1, "segmentation": [box_polygon(1, 1, 5, 5)]}
+    save_json(folder / "c.json", coco([{**one, "category_id": n} for n in (1, 2, 2)], categories=names))
+    lines, _ = convert("coco", folder / "c.json", folder / "mine.jsonl", several="each")
+    assert [line["phrases"] for line in lines.values()] == [["cup 2"], ["cup"], ["cup"]]
+
+
 def test_what_cannot_be_used_is_skipped_on_request_and_counted(folder):
     images = [{"id": n, "file_name": f"{name}.png"} for n, name in ((1, "a"), (2, "gone"))]
     one = {"category_id": 1, "segmentation": [box_polygon(1, 1, 5, 5)]}
@@ -367,6 +395,7 @@ def test_labelme_pictures_come_from_beside_the_file_or_from_inside_it(folder):
         ({"points": [[1, 2, 3]]}, r"shape 0: point 1 must be \[x, y\], got \[1, 2, 3\]"),
         ({"points": [["x", 2]]}, "shape 0: point 1 must be a number, got 'x'"),
         ({"points": [[1, 2]], "shape_type": "circle"}, "shape 0: a circle must have 2 points, got 1"),
+        ({"points": [[1, 2], [1e300, 2]], "shape_type": "circle"}, "shape 0: the polygon's point .* far outside"),
         ({"points": [[0.1, 0.2], [0.5, 0.2], [0.5, 0.7]]}, "shape 0: all numbers of its polygons lie within 0..1"),
         (
             {"points": [[0, 0], [4, 4]], "shape_type": "mask", "mask": png_text(np.ones((3, 3), bool))},
@@ -470,6 +499,7 @@ def test_a_bad_line_of_yolo_is_named(yolo, content, message):
     ("content", "message"),
     [
         ("train: images/train\n", "must have 'names', got 'train'"),
+        ("names:\ntrain: images/train\n", "names must be a list, or an object of a number or colour each, got None"),
         ("names: [cup]\n", "must have train, val or test, got none of them"),
         ("names: [cup]\ntrain: nowhere\n", "train names .*nowhere, which does not exist"),
         ("names: [cup]\ntrain: images/train\nkpt_shape: [17, 3]\n", r"about key points \(kpt_shape\)"),

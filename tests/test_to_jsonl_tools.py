@@ -384,6 +384,7 @@ def test_one_annotation_of_label_studio_counts(studio):
             "its rle holds 64 values, expected 2400: 4 for each of 30x20 pixels",
         ),
         ({"value": {"rle": brush_rle(np.eye(20, 30) > 0)[:-4], "brushlabels": ["cup"]}}, "its rle ends too early"),
+        ({"type": ["brushlabels"]}, "type must be a text, got"),
         ({"original_width": 60}, "the annotations are of a picture 60 wide and 20 high, but"),
         ({"original_width": None}, r"a size must be whole numbers of pixels, \[height, width\], got \[20, None\]"),
         ({"type": "rectanglelabels", "value": {"rectanglelabels": ["cup"], "x": "a"}}, "x must be a number, got 'a'"),

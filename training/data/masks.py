@@ -295,8 +295,8 @@ def ellipse_polygon(x: float, y: float, radii: tuple[float, float], degrees: flo
         radii: half of its width and of its height before it is turned, in pixels.
         degrees: how far it is turned around its centre, clockwise as seen.
     """
-    # So many corners that no side strays a tenth of a pixel from the arc.
-    count = int(np.ceil(np.pi / np.arccos(1 - min(0.1 / max(*radii, 0.1), 0.2))))
+    # So many corners that no side strays a tenth of a pixel from the arc, of the largest that a picture can hold.
+    count = int(np.ceil(np.pi / np.arccos(1 - min(0.1 / min(max(*radii, 0.1), MOST_SIDE), 0.2))))
     angles = np.linspace(0, 2 * np.pi, max(count, 12), endpoint=False)
     points = np.stack([x + radii[0] * np.cos(angles), y + radii[1] * np.sin(angles)], axis=1)
     return _turned(points, degrees, (x, y))

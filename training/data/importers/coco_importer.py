@@ -15,7 +15,7 @@ from uground.training.data.importers.annotated import (
     number_of,
 )
 from uground.training.data.masks import box_polygon, shown
-from uground.training.data.records import Record
+from uground.training.data.records import Record, checked_key
 
 KEYS = ("images", "annotations", "categories")
 CROWD = "a crowd, ignored in queries for its class"
@@ -50,6 +50,12 @@ def read_coco(reading: Reading) -> Iterator[Entry]:
 
 
 def _entries(content: Record, path: Path, reading: Reading) -> Iterator[Entry]:
+    for kind in ("images", "categories"):
+        seen = set()
+        for record in content.records(kind, kind):
+            if record.key("id") in seen:
+                raise ValueError(f"{path} lists the id {shown(record.key('id'))} twice among its {kind}")
+            seen.add(record.key("id"))
     images = content.keyed_records("images", "image")
     names = {
         key: category.filled_text("name") for key, category in content.keyed_records("categories", "category").items()
@@ -83,8 +89,8 @@ def _annotated(
     canvas = picture.drawn_on(size, reading.tally, image.name)
     found = AnnotatedPicture(file, picture, split)
     if "neg_category_ids" in image:
-        found.absent = tuple(names[key] for key in image.items("neg_category_ids") if key in names)
-    found.present |= {names[key] for key in image.optional_items("not_exhaustive_category_ids") if key in names}
+        found.absent = _named(image, "neg_category_ids", names)
+    found.present.update(_named(image, "not_exhaustive_category_ids", names))
     for annotation in annotations:
         name = names[annotation.key("category_id")]
         found.present.add(name)
@@ -98,6 +104,12 @@ def _annotated(
         else:
             reading.add(found, name, mask, what, annotation.name)
     return found
+
+
+def _named(image: Record, key: str, names: dict) -> tuple[str, ...]:
+    """The names of the categories that an image of LVIS lists."""
+    ids = [checked_key(one, f"{image.name}: {key}") for one in image.optional_items(key)]
+    return tuple(names[one] for one in ids if one in names)
 
 
 def _segmentation(annotation: Record, canvas: Canvas, reading: Reading):

@@ -80,7 +80,7 @@ class Composer:
         for name in sorted(unasked):
             self.tally.leave("a class of which a picture holds nothing but what is ignored", f"{found.key}, {name}")
         if not by_name and not found.questions:
-            self.tally.leave("a picture of which nothing is asked", found.key)
+            self.tally.leave("a picture of which no mask was taken", found.key)
 
     def denials(self, names: Sequence[str]) -> Iterator[dict]:
         """Lines about names of the data set that the pictures lack, once all of them were seen."""
@@ -132,10 +132,12 @@ class Composer:
         return {} if is_empty(rle) else {"ignore": rle}
 
     def _line(self, found: AnnotatedPicture, path: str, name: str, masks: list[dict], **more) -> dict:
-        identifier = " ".join(filter(None, (found.split, found.key, name)))
-        self._ids[identifier] += 1
-        if self._ids[identifier] > 1:
-            identifier = f"{identifier} {self._ids[identifier]}"
+        identifier = base = " ".join(filter(None, (found.split, found.key, name)))
+        while identifier in self._ids:
+            # Another class may be called so: "cup 2".
+            self._ids[base] += 1
+            identifier = f"{base} {self._ids[base]}"
+        self._ids[identifier] = 1
         query = random.Random(f"{self.seed} {identifier}").choice(self.templates).replace(NAME, name)
         split = {} if found.split is None else {"split": found.split}
         return {"id": identifier, **split, "image": path, "query": query, "masks": masks, **more}

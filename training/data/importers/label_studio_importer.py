@@ -104,7 +104,7 @@ def _minimal(task: Record) -> list[Record]:
 
 def _labels(region: Record, regions: list[Record]) -> list[str]:
     """What a region is called, by itself or by one that shares its id."""
-    kind = region.value.get("type")
+    kind = region.filled_text("type")
     if kind in SHAPES:
         value = region.record("value")
         return [name for name in value.texts(kind) if name] if kind in value else []

@@ -20,7 +20,7 @@ from uground.training.data.importers.annotated import (
     key_of,
     number_of,
 )
-from uground.training.data.masks import box_polygon, ellipse_polygon, shown, union_mask
+from uground.training.data.masks import MOST_SIDE, box_polygon, ellipse_polygon, shown, union_mask
 from uground.training.data.records import Record, checked_list
 
 # labelme's own names for what is no object.
@@ -154,8 +154,9 @@ def _drawn_mask(shape: Record, points: list, canvas: Canvas) -> dict:
     _check_count(points, (2,), shape.name, "mask")
     with opened_picture(io.BytesIO(_decoded(shape.text("mask"), f"{shape.name}: mask")), f"{shape.name}: mask") as png:
         pixels = np.asarray(png.convert("L")) > 0 if png.mode != "P" else np.asarray(png) > 0
-    (x0, y0), (x1, y1) = np.round(points).astype(int).tolist()
     height, width = canvas.size
+    # Beyond, the numbers would leave the range of whole ones.
+    (x0, y0), (x1, y1) = (map(int, np.round(point)) for point in np.clip(points, -MOST_SIDE, MOST_SIDE))
     if pixels.shape != (y1 - y0 + 1, x1 - x0 + 1):
         raise ValueError(
             f"{shape.name}: its mask is {pixels.shape[1]} wide and {pixels.shape[0]} high, expected "

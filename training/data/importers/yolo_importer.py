@@ -45,8 +45,8 @@ def read_yolo(reading: Reading) -> Iterator[Entry]:
         content = read_yaml(data)
         if "kpt_shape" in content:
             raise ValueError(f"{data} is about key points (kpt_shape), which have no masks")
-        given = content.take("names") if reading.names_file is None else None
-        names = names_of(given, f"{data}: names") if given is not None else read_names(reading.names_file)
+        by_file = reading.names_file is not None
+        names = read_names(reading.names_file) if by_file else names_of(content.take("names"), f"{data}: names")
         found = list(_listed(content, data, reading))
     else:
         files = [path for path in reading.files(".txt") if path.name not in NAME_FILES]
