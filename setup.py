@@ -34,6 +34,7 @@ setup(
         "uground.processing",
         "uground.training",
         "uground.training.data",
+        "uground.training.data.importers",
         "uground.training.evaluation",
         "uground.training.metric_modules",
         "uground.training.objectives",

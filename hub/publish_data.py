@@ -1,7 +1,7 @@
 """Publish a prepared dataset, a JSONL file, or Scenes, to the Hub with a card, in one commit.
 
     python -m uground.hub.publish_data prepared/refcoco --repo-id someone/refcoco-grounding --license cc-by-4.0
-    python -m uground.hub.publish_data mine.jsonl --split train --repo-id someone/cups --license cc-by-4.0
+    python -m uground.hub.publish_data mine.jsonl --repo-id someone/cups --license cc-by-4.0
     python -m uground.hub.publish_data scenes --count 1000 --seed 0 --repo-id someone/scenes
 
 PATH is a folder written by `uground.training.data.prepare`, or a JSONL file as for training; it is only read. Pictures
@@ -20,18 +20,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
-from PIL import ExifTags
 from tqdm import tqdm
 
 from uground.command_line import checked_seed, run_command, seed_number
 from uground.hub.publish.commit import check_repo_id, commit_files, require_token
 from uground.hub.publish.publishing import listing
-from uground.processing.image_reading import opened_picture
-from uground.training.data.jsonl import JsonlSource
+from uground.training.data.jsonl import JsonlSource, named_file
 from uground.training.data.prepared import (
     FEATURES,
     checked_answer,
     checked_example,
+    file_rows,
     open_parquet,
     parquet_rows,
     prepared_splits,
@@ -155,19 +154,41 @@ def staged_data(source: str | os.PathLike, repo_id: str, license: str | None = N
 
 
 @contextmanager
-def staged_file(source: str | os.PathLike, repo_id: str, split: str, license: str | None = None) -> Iterator[Path]:
+def staged_file(source: str, repo_id: str, split: str | None, license: str | None = None) -> Iterator[Path]:
     """
-    The same for a JSONL file, every line of which is read.
+    The same for a JSONL file, with or without `:SPLIT`, every line of which is read.
+
+    Args:
+        source: the file; its lines may name splits, all of which are staged, or the one that is named.
+        repo_id, license: as for [`build_dataset_card`].
+        split: what the lines of a file are called that names none; `train` by default.
 
     Raises:
-        OSError, ValueError: a line is bad, or a conversation of several turns, for which there is no column.
+        OSError, ValueError: a line is bad, a conversation of several turns, or names a split though `split` does.
     """
-    lines = JsonlSource(source)
+    path, named = named_file(source)
+    whole = JsonlSource(path, named)
+    if whole.splits and split is not None:
+        raise ValueError(f"--split is for files whose lines name none, those of {path} do: {', '.join(whole.splits)}")
     with tempfile.TemporaryDirectory(prefix="uground-publish-") as made:
-        rows = tqdm(_file_rows(lines), desc=split, total=len(lines), unit=" examples")
-        write_prepared(rows, made, split)
+        for name in [named] if whole.splits and named else whole.splits or [split or "train"]:
+            lines = JsonlSource(path, name)
+            rows = tqdm(file_rows(lines, embed=True), desc=name, total=len(lines), unit=" examples")
+            write_prepared(rows, made, checked_split(name))
         build_dataset_card(made, repo_id, FILE_ABOUT, license=license).save(Path(made) / "README.md")
         yield Path(made)
+
+
+def checked_split(name: str) -> str:
+    """
+    The name of a split that may be part of the name of a file.
+
+    Raises:
+        ValueError: it may not.
+    """
+    if not SPLIT_NAME.fullmatch(name):
+        raise ValueError(f"--split must be a word of letters, digits, '_' and '.', got {name!r}")
+    return name
 
 
 @contextmanager
@@ -190,18 +211,18 @@ def publish_data(
     license: str | None = None,
     count: int = 1000,
     seed: int = 0,
-    split: str = "train",
+    split: str | None = None,
 ) -> str | None:
     """
     Publish a dataset; what the command does.
 
     Args:
-        source: a prepared folder, a JSONL file, or `"scenes"`.
+        source: a prepared folder, a JSONL file with or without `:SPLIT`, or `"scenes"`.
         repo_id: `USER/NAME`.
         private, dry_run: as for [`uground.hub.publish.publish`].
         license: licence of a prepared folder's pictures and annotations.
         count, seed: examples of each split, for Scenes.
-        split: what a JSONL file is called there.
+        split: what a JSONL file whose lines name no split is called there; `train` by default.
 
     Returns:
         Address of the commit; `None` for a dry run.
@@ -213,12 +234,12 @@ def publish_data(
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     token = None if dry_run else require_token()
-    if not SPLIT_NAME.fullmatch(split):
-        raise ValueError(f"--split must be a word of letters, digits, '_' and '.', got {split!r}")
+    if split is not None:
+        checked_split(split)
     if os.fspath(source) == SCENES:
         stage = staged_scenes(repo_id, count, checked_seed(seed, "--seed"))
-    elif os.fspath(source).endswith(".jsonl"):
-        stage = staged_file(source, repo_id, split, license)
+    elif named_file(os.fspath(source)):
+        stage = staged_file(os.fspath(source), repo_id, split, license)
     else:
         stage = staged_data(source, repo_id, license)
     with stage as folder:
@@ -237,20 +258,6 @@ def _rows(files: list[str], columns: list[str]) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{file} lacks the columns {', '.join(absent)} of a prepared dataset")
         for number, row in enumerate(parquet_rows(file, columns)):
             yield f"{file} row {number}", row
-
-
-def _file_rows(lines: JsonlSource) -> Iterator[dict]:
-    """The lines of a file in the common schema, a picture as the very file where masks are drawn on it as stored."""
-    for index in range(len(lines)):
-        (example,) = lines[index]["examples"]
-        if "history" in example:
-            raise ValueError(f"{lines.name_of(index)}: several turns cannot be published, there is no column for them")
-        path = lines.path.parent / lines.line(index)["image"]
-        with opened_picture(path, f"{lines.name_of(index)}: its image") as picture:
-            is_stored_upright = picture.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        # Else the turned pixels, which is what the masks are about.
-        stored = {"bytes": path.read_bytes(), "path": path.name} if is_stored_upright else example["image"]
-        yield {**example, "image": stored, "subset": None}
 
 
 def _with_picture(name: str, row: dict) -> dict:
@@ -272,12 +279,14 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", help='prepared folder, JSONL file, or "scenes"')
+    parser.add_argument(
+        "path", metavar="PATH", help='prepared folder, JSONL file (with or without :SPLIT), or "scenes"'
+    )
     parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it is not there")
     parser.add_argument("--private", action="store_true", help="make it a private repository")
     parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")
     parser.add_argument("--license", help="licence of pictures and annotations, as the Hub spells it")
-    parser.add_argument("--split", default="train", help="what the examples of a JSONL file are (default: train)")
+    parser.add_argument("--split", help="what the lines of a JSONL file are that name no split (default: train)")
     parser.add_argument("--count", type=int, default=1000, help="examples of each split, for scenes")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed, for scenes")
     options = parser.parse_args(argv)

@@ -56,6 +56,12 @@ def main() -> None:
 
     # These leave the verbosity of transformers as it is, so they come before those that do not.
     command("uground.training.data.prepare", "scenes", "--split", "test", "--count", 2, "--output", at["prepared"])
+    own, pictures = FOLDER / "own.jsonl", ROOT / "examples" / "own-data" / "pictures"
+    command("uground.training.data.to_jsonl", "coco", pictures.parent, "--images", pictures, "--output", own)
+    command("uground.training.check_data", own, "--sheet", FOLDER / "own.png")
+    told = ["--train_data", f"{own}:train", "--output_dir", FOLDER / "own-data", *FEW_STEPS]
+    told += ["--model", CHECKPOINT, "--dataloader_prefetch_factor", "None"]
+    command("uground.training.finetune", "--config", ROOT / "recipes" / "tiny-own-data.yaml", *told)
     command("uground.training.check_data", mine, "--sheet", FOLDER / "sheet.png")
     told = ["--model", CHECKPOINT, "--train_data", mine, "--output_dir", at["lora"], "--bf16", "false", *FEW_STEPS]
     command("uground.training.finetune", "--config", ROOT / "recipes" / "llava-7b-lora.yaml", *told)

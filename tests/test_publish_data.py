@@ -153,10 +153,23 @@ def test_a_file_of_ones_own(hub, tmp_path, capsys):
     # The mask is of the turned picture, so it is what is published.
     assert second["masks"][0]["size"] == [50, 30]
     assert Image.open(io.BytesIO(second["image"]["bytes"])).size == (30, 50)
+    file.write_text(
+        "\n".join(json.dumps({**line, "split": name}) for line, name in zip(lines, ("train", "val"), strict=True))
+    )
+    assert main([str(file), "--repo-id", DATA, "--license", "cc-by-4.0"]) == 0
+    assert [row["query"] for name in ("train", "val") for row in read_published(hub, name, tmp_path)] == [
+        "the red cup",
+        "the boat",
+    ]
+    assert main([str(file), "--split", "test", "--repo-id", DATA, "--dry-run"]) == 2
+    assert "--split is for files whose lines name none, those of" in capsys.readouterr().err
+    assert main([f"{file}:val", "--repo-id", DATA, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "data/val-00000-of-00001.parquet" in listed and "data/train" not in listed
     turns = [{"query": "a", "masks": []}, {"query": "b", "masks": []}]
     file.write_text(json.dumps({"image": "upright.jpg", "turns": turns}))
     assert main([str(file), "--repo-id", DATA, "--dry-run"]) == 2
-    assert f"{file}:1: several turns cannot be published" in capsys.readouterr().err
+    assert f"{file}:1: several turns cannot be stored" in capsys.readouterr().err
     assert main([str(file), "--repo-id", DATA, "--dry-run", "--split", "a/b"]) == 2
     assert "--split must be a word of letters" in capsys.readouterr().err
 

@@ -13,10 +13,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor
+from transformers import TrainerState
 from trl import TrlParser
 
 from uground.hub.publish.card import build_card
 from uground.training.finetune import FinetuneArguments, finetune, main
+from uground.training.objectives.losses import map_dice_loss, positive_weight
+from uground.training.readable_log import ReadableLog, log_line
 from uground.training.scenes.pretrain import main as pretrain
 from uground.training.trainer import UGroundTrainingConfig
 
@@ -197,6 +200,54 @@ def test_the_command_refuses_in_a_sentence(stand_in, tmp_path, settings, message
     assert message in refusal(capsys)
 
 
+def test_a_log_is_one_line_and_a_negative_dice_is_explained_once(capsys):
+    logs = {"loss": 1.5, "loss/text": 0.25, "loss/map_dice": -0.1, "layer/0": 0.5, "policy/reward": -0.4, "epoch": 1.0}
+    assert log_line(logs, 20, 120) == "step 20 of 120: loss 1.5, text 0.25, map_dice -0.1, reward -0.4"
+    evaluated = {
+        "eval_loss": 1.5,
+        "eval_loss/text": 0.25,
+        "eval_layer/0": 0.5,
+        "eval_segment_rate": 0.75,
+        "eval_runtime": 3.0,
+    }
+    assert log_line(evaluated, 20, 120) == "step 20 of 120, evaluated: loss 1.5, text 0.25, segment_rate 0.75"
+    assert log_line({"epoch": 1.0}, 1, 2) == ""
+    told, state = ReadableLog(), TrainerState(global_step=20, max_steps=120)
+    for _ in range(2):
+        told.on_log(None, state, None, logs)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[1].startswith("map_dice may lie below 0, and lower is better all the same")
+    # As said there: the map that is 1 on the object and 0 elsewhere.
+    target = torch.zeros(1, 10, 10)
+    target[:, :3, :4] = 1
+    weight = positive_weight(target, torch.zeros(1, dtype=torch.long))
+    perfect = float(map_dice_loss(torch.where(target > 0, 50.0, -50.0), target, weight))
+    assert perfect == pytest.approx(float((1 - weight) / (1 + weight)), abs=1e-4) and perfect < -0.7
+
+
+def test_help_shows_our_settings_first_and_all_of_them_on_request(capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([flag])
+        shown[flag] = capsys.readouterr().out
+    for name in ("--train_data", "--map_dice_weight", "--learning_rate", "--output_dir", "--help-all"):
+        assert name in shown["--help"]
+    assert "--deepspeed" not in shown["--help"] and "--deepspeed" in shown["--help-all"]
+    assert shown["--help"].index("--train_data") < shown["--help"].index("--learning_rate")
+    assert 2 * len(shown["--help"].splitlines()) < len(shown["--help-all"].splitlines())
+
+
+def test_flags_that_make_no_sense_are_refused_in_a_line(tmp_path, capsys):
+    assert main(["--config"]) == 2
+    assert refusal(capsys) == "finetune: error: --config must be followed by the path of a recipe, got nothing"
+    assert main(["--config", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml" in refusal(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--max_steps", "many"])
+    assert "argument --max_steps/--max-steps: invalid int value: 'many'" in refusal(capsys)
+
+
 def refusal(capsys) -> str:
     """The last line of a command that ended in a sentence."""
     last = capsys.readouterr().err.splitlines()[-1]
@@ -285,7 +336,18 @@ def test_a_run_killed_at_its_very_end_is_saved_and_not_trained_further(stand_in,
 def test_a_longer_run_goes_on_where_the_schedule_allows_it(stand_in, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": "2", "lr_scheduler_type": "constant"}
     main(command(stand_in, tmp_path / "parts", **settings))
+    assert "resuming" not in capsys.readouterr().out
     main(command(stand_in, tmp_path / "parts", **settings, max_steps="4"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "fine-tuning on cpu in float32",
+        f"resuming from step 2 of 4, {tmp_path / 'parts' / 'checkpoint-2'}",
+    ]
+    lines = [line for line in said if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 3 of 4", "step 4 of 4"]
+    for name in ("loss", "text", "mask_bce", "mask_dice", "map_bce", "map_dice", "reward", "lr"):
+        assert any(re.search(rf"[:,] {name} -?\d", line) for line in lines), name
+    assert said[-1].startswith("trained 4 of 4 steps in ")
     main(command(stand_in, tmp_path / "whole", **settings, max_steps="4"))
     parts, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("parts", "whole"))
     assert parts == whole

@@ -365,7 +365,9 @@ def _parse(argv: list[str] | None) -> EvaluationArguments:
         help="scenes, a JSONL file, a name, a prepared folder, or a Hub id",
     )
     parser.add_argument("--root", help="folder of the dataset's original files")
-    parser.add_argument("--split", default="test", help="of a JSONL file, only a name for the results")
+    parser.add_argument(
+        "--split", default="test", help="of a JSONL file whose lines name none, only a name for the results"
+    )
     parser.add_argument(
         "--protocol",
         nargs="+",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
+from transformers import PrinterCallback, ProgressCallback
 
 from uground.checkpoint_loading import base_of, is_adapter, load_processor
 from uground.checkpoint_loading import load_model as load_checkpoint
@@ -23,9 +23,11 @@ from uground.training.adapters import lora_config, quantization_config, with_ada
 from uground.training.checkpoints import finished_steps, mark_finished, mark_unfinished
 from uground.training.collator import GroundingCollator
 from uground.training.data import scene_dataset
-from uground.training.data.jsonl import JsonlSource
+from uground.training.data.jsonl import JsonlSource, named_file
 from uground.training.data.mixture import BAD_SAMPLE_POLICIES, Mixture, MixtureEpochs
 from uground.training.data.prepared import prepared_dataset
+from uground.training.readable_log import ReadableLog
+from uground.training.settings_parser import SettingsParser
 from uground.training.trainer import UGroundTrainer, UGroundTrainingConfig
 
 SCENES = "scenes"
@@ -66,7 +68,7 @@ class FinetuneArguments:
     adapter: str | None = field(default=None, metadata={"help": "a saved adapter of this model to train further"})
     train_data: list[str] = field(
         default_factory=lambda: [SCENES],
-        metadata={"help": "JSONL files, prepared folders or Hub ids (both with or without :SPLIT), or scenes"},
+        metadata={"help": "JSONL files, prepared folders or Hub ids (all with or without :SPLIT), or scenes"},
     )
     train_weights: list[float] | None = field(
         default=None, metadata={"help": "share of each of these in an epoch; by default its size"}
@@ -95,7 +97,7 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train") -
     Items of one source and what they are, as plain JSON.
 
     Args:
-        name: `"scenes"`, a JSONL file, or what `prepared_dataset` reads with or without `:SPLIT`.
+        name: `"scenes"`, a JSONL file or what `prepared_dataset` reads, both with or without `:SPLIT`.
         arguments: settings of the scenes.
         split: of scenes, and where the name does not say.
 
@@ -106,8 +108,9 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train") -
         count = arguments.scene_count if split == "train" else arguments.eval_scene_count
         settings = (arguments.scene_seed, arguments.queries_per_scene, arguments.attribute_weights)
         return scene_dataset(split, count, *settings), {"scenes": split, "count": count, "settings": list(settings)}
-    if name.endswith(".jsonl"):
-        source = JsonlSource(name)
+    if file := named_file(name):
+        path, named_split = file
+        source = JsonlSource(path, named_split or split)
         return source, source.record()
     dataset, _, named_split = name.partition(":")
     source = prepared_dataset(dataset, named_split or split)
@@ -215,6 +218,9 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         mixture=mixture,
         callbacks=[MixtureEpochs(mixture)] if mixture is not None else None,
     )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ReadableLog)
     checkpoint = trainer.resumable_checkpoint()
     done = finished_steps(config.output_dir, trainer.run_record)
     if done and done >= trainer.total_steps():
@@ -229,6 +235,9 @@ def finetune(arguments: FinetuneArguments, config: UGroundTrainingConfig) -> UGr
         # First: saving may publish, with a card that tells the recipe.
         write_recipe(config.output_dir, arguments, config)
         print(f"fine-tuning on {trainer.accelerator.device.type} in {precision_of(config)}")
+        if checkpoint is not None:
+            step = Path(checkpoint).name.rpartition("-")[2]
+            print(f"resuming from step {step} of {trainer.total_steps()}, {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
@@ -243,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> None:
-    parser = TrlParser((FinetuneArguments, UGroundTrainingConfig), description=__doc__.splitlines()[0])
-    arguments, config = parser.parse_args_and_config(argv)
+    parser = SettingsParser(FinetuneArguments, __doc__.splitlines()[0])
+    arguments, config = parser.parse(sys.argv[1:] if argv is None else argv)
     finetune(arguments, config)
 
 

@@ -21,6 +21,16 @@ UNTURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+# What turns stored pixels upright; EXIF knows no other orientations.
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Names in an error message; more would hide the sentence.
 NAMES_SHOWN = 10
 # What a pickle of plain data may name. `_codecs.encode` and the like stay out: they are calls.
@@ -147,13 +157,28 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
         OSError: the file is missing or no picture. ValueError: it has more pixels than Pillow decodes.
     """
-    with opened_picture(path, f"the image {path}") as picture:
+    return upright_size(path, f"the image {path}")[0]
+
+
+def upright_size(file, name: str) -> tuple[tuple[int, int], int]:
+    """
+    Height and width of a picture as its EXIF orientation turns it, and that orientation, 1 for none.
+
+    Args:
+        file: a path, or a binary stream.
+        name: what to call it in an error message.
+
+    Raises:
+        OSError: the file is missing or no picture. ValueError: it has more pixels than Pillow decodes.
+    """
+    with opened_picture(file, name) as picture:
         width, height = picture.size
         if picture.format == "TIFF":
             # Pillow turns the size of these, but not the pixels until they are read.
             width, height = (picture.tag_v2[tag] for tag in TIFF_SIZE_TAGS)
-        turned = _orientation(picture) in UNTURN
-    return (width, height) if turned else (height, width)
+        found = _orientation(picture)
+    orientation = found if found in TURN else 1
+    return ((width, height) if orientation in UNTURN else (height, width)), orientation
 
 
 def _orientation(picture: Image.Image):

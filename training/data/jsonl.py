@@ -10,7 +10,7 @@ A mask is a list of polygons (x, y, x, y, … in pixels), a COCO RLE, the path o
 `{"png": path, "value": N}` or `{"png": path, "channel": "alpha"}` for a PNG that holds more, or null for a phrase
 whose object is not there. Paths are relative to the file. Without an `answer` one is made of the phrases. `ignore` is
 a mask of pixels that count neither way, `boxes` holds one [x0, y0, x1, y1] per mask and is checked against it, `id`
-(no two lines have the same) and `attribute` are kept.
+(no two lines have the same) and `attribute` are kept. Where lines have a `split`, `mine.jsonl:val` names those of one.
 """
 
 import hashlib
@@ -39,14 +39,15 @@ from uground.training.data.samples import OVERALL
 
 SEGMENT, REJECT = "[SEG]", "[REJ]"
 TURN_KEYS = {"query", "answer", "phrases", "masks", "boxes"}
-KEYS = {"id", "image", "ignore", "attribute", "turns"} | TURN_KEYS
+KEYS = {"id", "image", "ignore", "attribute", "split", "turns"} | TURN_KEYS
 # Annotation tools round: a corner may lie this many pixels outside of the image.
 OUTSIDE_TOLERANCE = 1.0
 # Overlap with the box around its mask, below which a box belongs to something else.
 LEAST_BOX_IOU = 0.5
 POINTS = "; it looks like a list of points, write [x, y, x, y, …] without inner lists"
 COCO_KEYS = {"images", "annotations"}
-ID_KEY = b'"id"'
+ID_KEY, SPLIT_KEY = b'"id"', b'"split"'
+JSONL = ".jsonl"
 
 
 class JsonlSource:
@@ -55,13 +56,17 @@ class JsonlSource:
 
     Args:
         path: of the file.
+        split: the lines of this split only; a file whose lines have none is one split, whatever it is called.
+
+    Attributes:
+        splits: those that its lines have, in order; empty where they have none.
 
     Raises:
         OSError: the file is missing.
-        ValueError: it has no lines, or is another form of text or JSON as a whole.
+        ValueError: it has no lines, or none of the split, or is another form of text or JSON as a whole.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, split: str | None = None):
         self.path = Path(path)
         if not self.path.is_file():
             kind = "is a folder" if self.path.is_dir() else "does not exist"
@@ -71,6 +76,14 @@ class JsonlSource:
         if not self._lines:
             raise ValueError(f"the data file {path} is empty, expected one JSON object per line")
         _refuse_other_forms([line for _, line in self._lines], self.name_of(0))
+        own = [_split_of(line) for _, line in self._lines]
+        self.splits = list(dict.fromkeys(name for name in own if name is not None))
+        self.split = split if self.splits else None
+        if self.split is not None:
+            if split not in self.splits:
+                raise ValueError(f"{path} has no split {split!r}; it has: {', '.join(self.splits)}")
+            # A line that does not say stays, to be refused when it is read.
+            self._lines = [line for line, name in zip(self._lines, own, strict=True) if name in (split, None)]
         self._repeated = _repeated_ids([line for _, line in self._lines])
 
     def __len__(self) -> int:
@@ -86,7 +99,10 @@ class JsonlSource:
         name = self.name_of(index)
         if index in self._repeated:
             raise ValueError(f"{name}: the id {shown(self._repeated[index])} stands in an earlier line too")
-        example = read_line(decode_line(self._lines[index][1], name), self.path.parent, name)
+        line = self._lines[index][1]
+        example = read_line(decode_line(line, name), self.path.parent, name)
+        if self.splits and _split_of(line) is None:
+            raise ValueError(f"{name}: the line has no split, but others have: {', '.join(self.splits)}")
         return {"image": example["image"], "examples": [example]}
 
     def name_of(self, index: int) -> str:
@@ -106,7 +122,16 @@ class JsonlSource:
     def record(self) -> dict:
         """What the data are, for a run that is to be resumed: changed lines change it."""
         content = b"\n".join(line for _, line in self._lines)
-        return {"jsonl": self.path.name, "content": hashlib.sha256(content).hexdigest()[:16]}
+        split = {} if self.split is None else {"split": self.split}
+        return {"jsonl": self.path.name, **split, "content": hashlib.sha256(content).hexdigest()[:16]}
+
+
+def named_file(name: str) -> tuple[str, str | None] | None:
+    """Path and split of `mine.jsonl` or `mine.jsonl:SPLIT`; None for what is called otherwise."""
+    if name.endswith(JSONL):
+        return name, None
+    path, colon, split = name.rpartition(":")
+    return (path, split) if colon and split and path.endswith(JSONL) else None
 
 
 def _load(text: bytes):
@@ -128,6 +153,13 @@ def _refuse_other_forms(lines: list[bytes], name: str) -> None:
         raise ValueError(f"{name}: the file looks like one JSON array, {expected}")
     if first is None and whole is not None:
         raise ValueError(f"{name}: the file looks like one JSON object over several lines, {expected}")
+
+
+def _split_of(line: bytes) -> str | None:
+    """The split of a line, None where it has none that can be read."""
+    record = _load(line) if SPLIT_KEY in line else None
+    split = record.get("split") if isinstance(record, dict) else None
+    return split if isinstance(split, str) and split.strip() else None
 
 
 def _repeated_ids(lines: list[bytes]) -> dict[int, str]:
@@ -224,6 +256,8 @@ def build_example(record: dict, image: Image.Image, folder: Path, name: str) -> 
         for number, turn in enumerate(turns, start=1):
             _check_keys(turn, TURN_KEYS, f"{name}: turn {number}")
             read.append(_read_turn(turn, size, folder, f"{name}: turn {number}"))
+    if record.get("split") is not None:
+        _text(record["split"], "split", name)
     last, ignore, identifier, attribute = read[-1], *(record.get(key) for key in ("ignore", "id", "attribute"))
     if not (identifier is None or is_whole(identifier)):
         _text(identifier, "id", name)
@@ -421,4 +455,13 @@ def _box_iou(first, second) -> float:
     return float(overlap / (sum(areas) - overlap))
 
 
-__all__ = ["JsonlSource", "asks_for_masks", "build_example", "parse_line", "read_line"]
+__all__ = [
+    "JSONL",
+    "REJECT",
+    "JsonlSource",
+    "asks_for_masks",
+    "build_example",
+    "named_file",
+    "parse_line",
+    "read_line",
+]

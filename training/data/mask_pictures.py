@@ -68,10 +68,30 @@ def read_mask_picture(given: str | Mapping, size: tuple[int, int], folder: Path,
     """
     file, value, channel = _choice({"png": given} if isinstance(given, str) else given, name)
     path = folder / file
-    with opened_picture(path, f"{name}: the mask file {path}") as opened:
+    return mask_in_picture(path, size, f"{name}: the mask {path}", value, channel, f"{name}: the mask file {path}")
+
+
+def mask_in_picture(
+    file,
+    size: tuple[int, int],
+    name: str,
+    value: int | None = None,
+    channel: str | None = None,
+    file_name: str | None = None,
+) -> dict:
+    """
+    RLE of the mask in a picture.
+
+    Args:
+        file: a path, or a binary stream.
+        size: height and width of the image.
+        name: what to call the mask in an error message.
+        value, channel: as in [`read_mask_picture`], which also says what is raised.
+        file_name: what to call the file where it cannot be opened, if not `name`.
+    """
+    with opened_picture(file, file_name or name) as opened:
         is_lossy = opened.format in LOSSY
         layers = _layers(ImageOps.exif_transpose(opened))
-    name = f"{name}: the mask {path}"
     check_same_size(layers.seen.shape[:2], size, name)
     if value is None and channel is None:
         return encode_mask(_plain_mask(layers, is_lossy, name))

@@ -273,6 +273,43 @@ def has_area(polygon: Sequence[float]) -> bool:
     return bool(doubled_areas.max() > LEAST_WIDTH * np.linalg.norm(farthest))
 
 
+def box_polygon(x: float, y: float, width: float, height: float, degrees: float = 0.0, pivot=None) -> list[float]:
+    """
+    The corners x, y, x, y, … of a box.
+
+    Args:
+        x, y: its corner at the top left before it is turned, in pixels.
+        width, height: in pixels.
+        degrees: how far it is turned, clockwise as seen.
+        pivot: the point it is turned around; by default its centre.
+    """
+    corners = np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]], dtype=float)
+    return _turned(corners, degrees, (x + width / 2, y + height / 2) if pivot is None else pivot)
+
+
+def ellipse_polygon(x: float, y: float, radii: tuple[float, float], degrees: float = 0.0) -> list[float]:
+    """
+    A polygon around an ellipse.
+
+    Args:
+        x, y: its centre, in pixels.
+        radii: half of its width and of its height before it is turned, in pixels.
+        degrees: how far it is turned around its centre, clockwise as seen.
+    """
+    # So many corners that no side strays a tenth of a pixel from the arc, of the largest that a picture can hold.
+    count = int(np.ceil(np.pi / np.arccos(1 - min(0.1 / min(max(*radii, 0.1), MOST_SIDE), 0.2))))
+    angles = np.linspace(0, 2 * np.pi, max(count, 12), endpoint=False)
+    points = np.stack([x + radii[0] * np.cos(angles), y + radii[1] * np.sin(angles)], axis=1)
+    return _turned(points, degrees, (x, y))
+
+
+def _turned(points: np.ndarray, degrees: float, pivot: tuple[float, float]) -> list[float]:
+    """Points `(N, 2)` turned clockwise as seen, where y points down."""
+    angle = np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return ((points - pivot) @ turn + pivot).ravel().tolist()
+
+
 def _is_truth(number) -> bool:
     return isinstance(number, (bool, np.bool_))
 

@@ -21,7 +21,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image as PILImage
 
 from uground.command_line import one_line
-from uground.training.data.files import open_image
+from uground.training.data.files import open_image, upright_size
+from uground.training.data.jsonl import JsonlSource
 from uground.training.data.masks import check_size, is_empty, read_mask
 from uground.training.data.records import Record
 
@@ -174,7 +175,7 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
         # `datasets` stumbles over a file without rows.
         names = [path for path, count in counts.items() if count]
         starts = np.cumsum([0, *(counts[path] for path in names[:-1])]).tolist()
-        data = _loaded(name, "parquet", data_files={split: names}, split=split) if names else []
+        data = loaded_dataset(name, "parquet", data_files={split: names}, split=split) if names else []
     elif is_prepared(name):
         data = _hub_dataset(os.fspath(name), split)
         names, starts = [f"{name}, split {split!r}"], [0]
@@ -198,7 +199,13 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     return data.with_transform(partial(_opened, names=names, starts=starts))
 
 
-def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
+def loaded_dataset(name: str | os.PathLike, *arguments, **settings):
+    """
+    What `load_dataset` returns.
+
+    Raises:
+        OSError: there is no such dataset. ValueError: it cannot be read.
+    """
     try:
         return load_dataset(*arguments, **settings)
     except DatasetNotFoundError as error:
@@ -209,7 +216,7 @@ def _loaded(name: str | os.PathLike, *arguments, **settings) -> Dataset:
 
 def _hub_dataset(name: str, split: str) -> Dataset:
     repo_id, _, revision = name.partition("@")
-    data = _loaded(name, repo_id, revision=revision or None, split=split)
+    data = loaded_dataset(name, repo_id, revision=revision or None, split=split)
     for column in OPTIONAL_COLUMNS:
         if column not in data.column_names:
             data = data.add_column(column, [None] * len(data), feature=FEATURES[column])
@@ -273,6 +280,32 @@ def checked_example(row: dict, name: str) -> dict:
         "masks": read,
         "ignore": None if ignore is None else read_mask(ignore.value, size, ignore.name),
     }
+
+
+def file_rows(source: JsonlSource, embed: bool = False) -> Iterator[dict]:
+    """
+    The lines of a JSONL file in the common schema, each read and checked.
+
+    Args:
+        source: the file.
+        embed: hold the bytes of the pictures, and of one that EXIF turns the turned pixels, which is what the masks
+            are about; by default their paths.
+
+    Raises:
+        OSError, ValueError: a line is bad, or a conversation of several turns, for which there is no column.
+    """
+    for index in range(len(source)):
+        (example,) = source[index]["examples"]
+        if "history" in example:
+            raise ValueError(f"{source.name_of(index)}: several turns cannot be stored, there is no column for them")
+        path = source.path.parent / source.line(index)["image"]
+        if not embed:
+            stored = str(path)
+        elif upright_size(path, f"{source.name_of(index)}: its image")[1] == 1:
+            stored = {"bytes": path.read_bytes(), "path": path.name}
+        else:
+            stored = example["image"]
+        yield {**example, "image": stored, "subset": None}
 
 
 def checked_answer(record: Record) -> list[Record]:

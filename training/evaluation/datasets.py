@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uground.training.data.files import open_image
-from uground.training.data.jsonl import JsonlSource, asks_for_masks
+from uground.training.data.jsonl import JsonlSource, asks_for_masks, named_file
 from uground.training.data.prepared import is_prepared, prepared_dataset
 from uground.training.data.registry import DATASETS, PREMISE, SEVERAL, read_samples
 from uground.training.data.samples import SkipCount
@@ -16,7 +16,6 @@ from uground.training.scenes import scene_examples
 
 SCENES = "scenes"
 DEFAULT_SCENES = 1000
-JSONL = ".jsonl"
 HOUSE_PROTOCOLS = ("ordered", *(name for name in PROTOCOLS if name != "ordered"))
 
 
@@ -55,7 +54,7 @@ def evaluation_data(dataset: str, root: str | Path, split: str, count: int | Non
         dataset: `"scenes"`, a JSONL file as for training, a name in `DATASETS`, the folder of a prepared dataset, or
             the id of one on the Hub; a split that is named behind a colon takes the place of `split`.
         root: folder of the original files; for datasets read from them.
-        split: name of the split; a JSONL file is one, whatever it is called.
+        split: name of the split; a JSONL file whose lines name none is one, whatever it is called.
         count: at most so many, from the first; all by default, 1,000 of Scenes.
         seed: of Scenes.
 
@@ -65,7 +64,7 @@ def evaluation_data(dataset: str, root: str | Path, split: str, count: int | Non
     name, colon, named = dataset.rpartition(":")
     if colon and not Path(dataset).exists():
         dataset, split = name, named
-    if dataset.endswith(JSONL):
+    if named_file(dataset):
         return _own_file(dataset, split, count)
     if dataset == SCENES:
         if split not in SCENE_SPLITS:
@@ -106,7 +105,7 @@ def _limited(size: int, count: int | None, example, protocols: tuple[str, ...], 
 
 def _own_file(path: str, split: str, count: int | None) -> EvaluationData:
     """The lines of a JSONL file that ask for masks."""
-    source = JsonlSource(path)
+    source = JsonlSource(path, split)
     rows = []
     for index in range(len(source)):
         line = source.line(index)
