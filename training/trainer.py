@@ -18,6 +18,7 @@ from uground.training.checkpoints import mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.evaluation.during_training import AnswerEvaluation
 from uground.training.evaluation.pictures import draw_histogram, send_pictures
+from uground.training.matrix_optimizer import MuonWithAdamW, hidden_matrices
 from uground.training.model_state import CPU_PACKING, left_as_found, marks_of
 from uground.training.objectives.grounding_terms import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
 from uground.training.objectives.policy_draws import PolicyLoss, policy_loss, segment_uniforms
@@ -141,6 +142,29 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
             baseline = RewardBaseline(self.bare_model.config.num_layers, *kind)
         baseline.to(self.accelerator.device)
         return BaselineTraining(baseline, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with Muon for the matrices of hidden layers where `muon` asks for it."""
+        if not self.args.muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model, args = self.model if model is None else model, self.args
+        if self.is_sharded:
+            raise ValueError("muon needs whole matrices, and this run shards them; expected muon false")
+        decayed = set(self.get_decay_parameter_names(model))
+        matrices = hidden_matrices(model, self.bare_model.adapter.names.head)
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in matrices}
+        groups = [
+            {
+                "params": [p for name, p in rest.items() if (name in decayed) == decays],
+                "weight_decay": args.weight_decay * decays,
+            }
+            for decays in (True, False)
+        ]
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = MuonWithAdamW(
+            list(matrices.values()), groups, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+        )
+        return self.optimizer
 
     @property
     def bare_model(self):
