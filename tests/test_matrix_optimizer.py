@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
-from uground.training.matrix_optimizer import MuonWithAdamW, hidden_matrices
+from uground.matrix_optimizer import MuonWithAdamW, hidden_matrices
 from uground.training.trainer import UGroundTrainer
 
 

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from uground.hub.publish.run_files import COMPLETE_FILE
 from uground.hub.publish.trainer_push import HubPushMixin
+from uground.matrix_optimizer import MuonWithAdamW, hidden_matrices
 from uground.modeling_uground import UGroundOutput
 from uground.modeling_uground.hub_files import give_usual_mode
 from uground.training.adapters import trainable_in_float32
@@ -18,7 +19,6 @@ from uground.training.checkpoints import mark_complete, run_record
 from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
 from uground.training.evaluation.during_training import AnswerEvaluation
 from uground.training.evaluation.pictures import draw_histogram, send_pictures
-from uground.training.matrix_optimizer import MuonWithAdamW, hidden_matrices
 from uground.training.model_state import CPU_PACKING, left_as_found, marks_of
 from uground.training.objectives.grounding_terms import GROUNDING_TERMS, Geometry, connected_zero, grounding_terms
 from uground.training.objectives.policy_draws import PolicyLoss, policy_loss, segment_uniforms
