@@ -1,4 +1,10 @@
-"""A CLIP tower that learns to tell kind, colour, texture and size of what Scenes show, by patch and by object."""
+"""A CLIP tower that learns to tell kind, colour, texture and size of what Scenes show, by patch and by object.
+
+Some colours of each kind are never drawn in training. So that a kind is told by its shape, half of the scenes are
+shown in other colours than they were drawn in, and are not asked for colours.
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,10 +15,16 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from uground.modeling_uground.lmm_llava import LlavaAdapter, vision_key_mask
 from uground.training.scenes.scene_store import FRAME, PROPERTIES, DrawnBatch
 from uground.training.scenes.tiny_model import LMM_PATCH, LMM_SIZE, vision_config
+from uground.training.scenes.world import held_out
+
+COLOUR = [*PROPERTIES].index("colour")
 
 # Of a patch, what an object must cover to be what the patch shows, and what it may cover of background.
 MOST, LEAST = 0.25, 0.02
 SEEN_PATCHES = 0.25  # patches that an object must fill to be asked for
+RECOLOURED = 0.5  # share of the scenes in training
+GREY, NEGATIVE = 0.2, 0.3  # shares of those without colours, and with light and dark exchanged
+GAIN = (0.5, 1.0)
 
 
 def frame_pixels(batch: DrawnBatch, side: int) -> torch.Tensor:
@@ -38,6 +50,25 @@ def pooled(states: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
     return coverage / coverage.sum(-1, keepdim=True).clamp_min(1e-6) @ states
 
 
+def recoloured(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pictures `(B, F, F, 3)`, uint8, some of them in other colours: channels exchanged, each weakened by a factor of its
+    own, light and dark exchanged, or without colours.
+
+    Returns:
+        The pictures, and `(B,)` bool: which have changed. Draws from PyTorch's generator.
+    """
+    changed, grey, negative = torch.rand(3, len(images)) < torch.tensor([[RECOLOURED], [GREY], [NEGATIVE]])
+    order = torch.rand(len(images), 3).argsort(1)
+    gains = torch.empty(len(images), 3).uniform_(*GAIN)
+    exchange = F.one_hot(order, 3).float() * gains[:, :, None]
+    exchange = torch.where(grey[:, None, None], torch.full((3, 3), 1 / 3), exchange)
+    pixels = images.float()
+    pixels = torch.where(negative[:, None, None, None], 255 - pixels, pixels)
+    other = (pixels.flatten(1, 2) @ exchange.mT).view_as(pixels).round().to(torch.uint8)
+    return torch.where(changed[:, None, None, None], other, images), changed
+
+
 class VisionStage(nn.Module):
     """The CLIP tower with linear heads on the layer that LLaVA reads; the heads are thrown away."""
 
@@ -47,6 +78,9 @@ class VisionStage(nn.Module):
         self.adapter = LlavaAdapter(LlavaConfig(vision_config=config), "letterbox")
         self.model = CLIPVisionModel(config)
         self.norm = nn.LayerNorm(config.hidden_size)
+        pairs = held_out("validation")
+        table = [[(colour, kind) in pairs for colour in PROPERTIES["colour"]] for kind in PROPERTIES["kind"]]
+        self.register_buffer("held_out", torch.tensor(table), persistent=False)
         self.patch_heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_size, len(values) + 1) for name, values in PROPERTIES.items()}
         )
@@ -55,7 +89,11 @@ class VisionStage(nn.Module):
         )
 
     def forward(self, batch: DrawnBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss, and the share of objects whose property is told, by name."""
+        """Loss, and the share of objects whose property is told, by name; of kinds also in colours never trained."""
+        changed = torch.zeros(len(batch.sizes), dtype=torch.bool)
+        if self.training:
+            images, changed = recoloured(batch.images)
+            batch = replace(batch, images=images)
         states = self.norm(patch_states(self.model, self.adapter, batch))
         coverage = grid_coverage(batch.masks(), LMM_SIZE // LMM_PATCH).flatten(2)
         properties = batch.properties[:, : coverage.shape[1]]
@@ -65,10 +103,19 @@ class VisionStage(nn.Module):
         for number, name in enumerate(PROPERTIES):
             labels = properties[..., number].gather(1, thing) + 1
             labels = torch.where(most > MOST, labels, torch.where(most > LEAST, -100, 0))
+            asked = torch.ones_like(seen)
+            if name == "colour":
+                asked = asked & ~changed[:, None]
+                labels = torch.where(changed[:, None], -100, labels)
             loss = loss + F.cross_entropy(self.patch_heads[name](states).flatten(0, 1), labels.flatten())
             logits, classes = self.object_heads[name](objects), properties[..., number][seen]
-            loss = loss + F.cross_entropy(logits, classes)
-            figures[name] = (logits.argmax(-1) == classes).float().mean().item()
+            asked = asked[seen]
+            loss = loss + F.cross_entropy(logits[asked], classes[asked])
+            told = logits.argmax(-1) == classes
+            figures[name] = told[asked].float().mean().item()
+            if name == "kind" and not self.training:
+                colours = properties[..., COLOUR][seen]
+                figures["kind_in_new_colours"] = told[self.held_out[classes, colours]].float().mean().item()
         return loss, figures
 
 
