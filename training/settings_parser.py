@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from typing import NoReturn
 
 from trl import TrlParser
 
@@ -77,7 +78,7 @@ class SettingsParser(TrlParser):
             raise ValueError(f"{CONFIG} must be followed by the path of a recipe, got nothing")
         return self.parse_args_and_config(argv)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"finetune: error: {message}\n")
 
     def format_help(self) -> str:

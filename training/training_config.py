@@ -80,6 +80,10 @@ class UGroundTrainingConfig(SFTConfig):
         default=None, metadata={"help": "most tokens of a generated answer (default: as the checkpoint says)"}
     )
     eval_overlays: int = field(default=4, metadata={"help": "generated answers drawn for TensorBoard"})
+    muon: bool = field(
+        default=False,
+        metadata={"help": "Muon instead of AdamW for the matrices of hidden layers, for training from nothing"},
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "tokens of a query and its answer, image included; the rest is cut, its masks with it"},

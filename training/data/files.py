@@ -160,7 +160,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     return upright_size(path, f"the image {path}")[0]
 
 
-def upright_size(file, name: str) -> tuple[tuple[int, int], int]:
+def upright_size(file: Any, name: str) -> tuple[tuple[int, int], int]:
     """
     Height and width of a picture as its EXIF orientation turns it, and that orientation, 1 for none.
 

@@ -8,6 +8,7 @@ any of these. What has one reading is read; of anything else its line must say w
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -72,7 +73,7 @@ def read_mask_picture(given: str | Mapping, size: tuple[int, int], folder: Path,
 
 
 def mask_in_picture(
-    file,
+    file: Any,
     size: tuple[int, int],
     name: str,
     value: int | None = None,

@@ -273,7 +273,9 @@ def has_area(polygon: Sequence[float]) -> bool:
     return bool(doubled_areas.max() > LEAST_WIDTH * np.linalg.norm(farthest))
 
 
-def box_polygon(x: float, y: float, width: float, height: float, degrees: float = 0.0, pivot=None) -> list[float]:
+def box_polygon(
+    x: float, y: float, width: float, height: float, degrees: float = 0.0, pivot: tuple[float, float] | None = None
+) -> list[float]:
     """
     The corners x, y, x, y, … of a box.
 

@@ -199,7 +199,7 @@ def prepared_dataset(name: str | os.PathLike, split: str) -> Dataset:
     return data.with_transform(partial(_opened, names=names, starts=starts))
 
 
-def loaded_dataset(name: str | os.PathLike, *arguments, **settings):
+def loaded_dataset(name: str | os.PathLike, *arguments: Any, **settings: Any) -> Any:
     """
     What `load_dataset` returns.
 

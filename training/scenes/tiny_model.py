@@ -86,10 +86,10 @@ def sam_config() -> SamConfig:
 def vision_config() -> CLIPVisionConfig:
     """A small CLIP tower: 12 x 12 image tokens of 16 pixels; LLaVA reads its last layer but one."""
     return CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=160,
+        intermediate_size=480,
         num_hidden_layers=5,
-        num_attention_heads=4,
+        num_attention_heads=5,
         image_size=LMM_SIZE,
         patch_size=LMM_PATCH,
         projection_dim=128,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -144,7 +145,7 @@ class Canvas:
     size: tuple[int, int]
     is_stored: bool
 
-    def mask(self, segmentation, place: str) -> dict:
+    def mask(self, segmentation: Any, place: str) -> dict:
         """RLE of the upright picture from what [`read_mask`] takes, drawn on this canvas."""
         return self.upright(read_mask(segmentation, self.size, place))
 
@@ -391,7 +392,7 @@ def key_of(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-def number_of(value, name: str) -> float:
+def number_of(value: object, name: str) -> float:
     """
     A finite number.
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -76,7 +77,7 @@ def _pair(line: str) -> tuple[str, str] | None:
     return (numbered.group(1), numbered.group(2)) if numbered else None
 
 
-def names_of(given, place: str) -> dict[int | tuple[int, int, int], str]:
+def names_of(given: Any, place: str) -> dict[int | tuple[int, int, int], str]:
     """Names by number or colour out of a list of names, or of an object whose keys are numbers or colours."""
     if isinstance(given, list):
         given = dict(enumerate(given))
