@@ -4,9 +4,12 @@ Trained from nothing, the small towers of the tiny checkpoint need about half th
 fine-tuning of large models nothing was measured here.
 """
 
+from collections.abc import Callable, Collection
+
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import TrainingArguments
 
 
 class MuonWithAdamW(Optimizer):
@@ -48,7 +51,7 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure=None) -> float | None:
+    def step(self, closure: Callable | None = None) -> float | None:
         """One step of both."""
         loss = None
         if closure is not None:
@@ -91,3 +94,31 @@ def hidden_matrices(model: nn.Module, head: str) -> dict[str, nn.Parameter]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad and name.rpartition(".")[2] != head
     }
+
+
+def build_optimizer(model: nn.Module, head: str, decayed: Collection[str], args: TrainingArguments) -> MuonWithAdamW:
+    """
+    The optimizer of what a model trains.
+
+    Args:
+        model: any module.
+        head: as in [`hidden_matrices`].
+        decayed: names of the parameters that weight decay pulls at.
+        args: give the learning rate, the weight decay, and the numbers of AdamW.
+    """
+    matrices = hidden_matrices(model, head)
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in matrices}
+    groups = [
+        {
+            "params": [parameter for name, parameter in rest.items() if (name in decayed) == decays],
+            "weight_decay": args.weight_decay * decays,
+        }
+        for decays in (True, False)
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonWithAdamW(
+        list(matrices.values()), groups, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
+    )
+
+
+__all__ = ["MuonWithAdamW", "build_optimizer", "hidden_matrices"]

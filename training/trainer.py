@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from uground.hub.publish.run_files import COMPLETE_FILE
 from uground.hub.publish.trainer_push import HubPushMixin
-from uground.matrix_optimizer import MuonWithAdamW, hidden_matrices
+from uground.matrix_optimizer import build_optimizer
 from uground.modeling_uground import UGroundForReferringSegmentation, UGroundOutput
 from uground.modeling_uground.hub_files import give_usual_mode
 from uground.processing import UGroundProcessor
@@ -161,23 +161,11 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         """As `Trainer.create_optimizer`, with Muon for the matrices of hidden layers where `muon` asks for it."""
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        model, args = self.model if model is None else model, self.args
+        model = self.model if model is None else model
         if self.is_sharded:
             raise ValueError("muon needs whole matrices, and this run shards them; expected muon false")
-        decayed = set(self.get_decay_parameter_names(model))
-        matrices = hidden_matrices(model, self.bare_model.adapter.names.head)
-        rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in matrices}
-        groups = [
-            {
-                "params": [p for name, p in rest.items() if (name in decayed) == decays],
-                "weight_decay": args.weight_decay * decays,
-            }
-            for decays in (True, False)
-        ]
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = MuonWithAdamW(
-            list(matrices.values()), groups, args.learning_rate, args.weight_decay, betas, args.adam_epsilon
-        )
+        decayed = self.get_decay_parameter_names(model)
+        self.optimizer = build_optimizer(model, self.bare_model.adapter.names.head, decayed, self.args)
         return self.optimizer
 
     @property
