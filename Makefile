@@ -37,7 +37,7 @@ check: $(READY)
 	$(BIN)/python tests/check_types.py
 
 bench: $(READY)
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 # 10,000 broken and whole inputs, in a few minutes; no part of CI.
 fuzz: $(READY)

@@ -126,6 +126,7 @@ def main() -> None:
         line |= {f"{kind}_{name}": round(value, 3) for kind, value in medians.items()}
         line[f"ratio_{name}"] = round(medians["uground"] / medians["pair"], 3)
     line["wanted_ratio"] = WANTED
+    line["within_bar"] = line["ratio_seconds"] <= WANTED and line["ratio_bytes"] <= WANTED
     print(json.dumps(line))
 
 

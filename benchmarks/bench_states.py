@@ -7,8 +7,10 @@ pixels. The matrices are made anew in every round, as for a size that was not se
 where they were.
 
 `states`: what is kept of 64 rows about 64 images, against all hidden states of all steps. At a known layer that is its
-image tokens; a policy may ask for any layer, so all of them are kept, and only text and steps are saved. Proportions
-of layers and tokens are those of a 7B model, 33 states of 576 image tokens; the width does not change the ratio.
+image tokens. A policy may ask for any layer: what it picked is read again (`policy`), or all layers are kept
+(`policy_keeping_all`). Proportions of layers and tokens are those of a 7B model, 33 states of 576 image tokens; the
+width does not change the ratio. `seconds` are those of whole calls, in turns: every row
+writes a segment, so that every prompt is read twice, down to the deepest layer that was picked.
 
 Ends in one JSON line per measure.
 """
@@ -25,6 +27,7 @@ from transformers import LogitsProcessorList
 from uground.modeling_uground import image_frames
 from uground.modeling_uground.image_frames import ImageFrame
 from uground.modeling_uground.prompts import build_mask_prompts
+from uground.modeling_uground.states_again import MAX_KEPT_PREFIXES
 
 IMAGE_HW, SEGMENTS, GRID, PROMPT_SIDE, PADDING = (3000, 4000), 8, SIDE // PATCH, 256, -10.0
 PROMPT_TARGET, DIFFERENCE_TARGET, STATES_TARGET = 0.05, 2e-6, 0.15
@@ -86,23 +89,36 @@ def image_inputs(rows: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def measure_states(rows: int, layers: int, width: int) -> dict:
-    """Bytes kept at a known layer and for a policy, against all hidden states of a plain `generate`."""
+def measure_states(rows: int, layers: int, width: int, rounds: int) -> dict:
+    """Bytes kept at a known layer and for a policy, against all hidden states of a plain `generate`; and seconds."""
     model = build_model(layers, width).eval()
     prompt = [1] + [5] * (BEFORE_IMAGE - 1) + [IMAGE_TOKEN] * GRID**2 + [6] * AFTER_IMAGE
     ids = torch.tensor([prompt] * rows)
     images = model.get_image_embeddings(**image_inputs(rows))
     text = (ids, torch.ones_like(ids), torch.arange(rows))
+    torch.nn.init.normal_(model.layer_policy.gates)
 
     def writing() -> dict:
         dictate = LogitsProcessorList([Dictate(SEGMENT_TOKEN)])
         return {"max_new_tokens": ANSWER_LENGTH, "logits_processor": dictate}
 
-    kept = {}
-    for name, chosen in (("known_layer", [layers]), ("policy", None)):
-        answers = model.write_answers(*text, images, layers=chosen, **writing())
-        assert answers.segments.image_states.row_of is None and len(answers.segments) == rows
-        kept[name] = answers.state_bytes
+    kept, picked = {}, {}
+    for name, options in (
+        ("known_layer", {"layers": [layers]}),
+        ("policy", {"max_kept_prefixes": MAX_KEPT_PREFIXES}),
+        ("policy_keeping_all", {}),
+    ):
+        answers = model.write_answers(*text, images, **options, **writing())
+        segments = answers.segments
+        assert segments.image_states.row_of is None and len(segments) == rows
+        chosen = model.layer_policy(segments.states).argmax(-1)
+        layer = torch.full_like(chosen, layers) if name == "known_layer" else chosen
+        picked[name] = segments.image_states.picked(segments.token_row, layer)
+        kept[name] = segments.states.nbytes + picked[name].nbytes
+    differences = [
+        (picked["policy"].at(*place) - picked["policy_keeping_all"].at(*place)).abs().max()
+        for place in zip(chosen.tolist(), range(rows), strict=True)
+    ]
     inputs = model.prepare_rows(*text, images).lmm_inputs()
     settings = {"return_dict_in_generate": True, "output_hidden_states": True}
     plain = model.lmm.generate(**inputs, **writing(), **settings).hidden_states
@@ -111,6 +127,18 @@ def measure_states(rows: int, layers: int, width: int) -> dict:
     assert (ours - last).abs().max() < 1e-4, "what is kept must be what a plain run gives"
     every = sum(state.nbytes for step in plain for state in step)
     ratios = {name: round(size / every, 4) for name, size in kept.items()}
+    del plain, answers, picked
+
+    def call(selection: str | int, limit: int):
+        arguments = {"layer_selection": selection, "max_kept_prefixes": limit}
+        return lambda: model.segment(*text, image_embeddings=images, **arguments, **writing())
+
+    calls = {
+        "known_layer": call("last", rows),
+        "policy": call("argmax", 0),
+        "policy_keeping_all": call("argmax", rows),
+    }
+    seconds = medians(calls, rounds)
     return {
         "measure": "states",
         "rows": rows,
@@ -120,7 +148,11 @@ def measure_states(rows: int, layers: int, width: int) -> dict:
         "all_states_bytes": every,
         "ratio": ratios,
         "target_ratio": STATES_TARGET,
-        "within_bar": {name: ratio <= STATES_TARGET for name, ratio in ratios.items()},
+        "difference": float(max(differences)),
+        "deepest_layer": int(chosen.max()),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "time_ratio": round(seconds["policy"] / seconds["policy_keeping_all"], 3),
+        "within_bar": {name: ratios[name] <= STATES_TARGET for name in ("known_layer", "policy")},
     }
 
 
@@ -130,10 +162,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of the prompts, after one not counted")
+    parser.add_argument("--state-rounds", type=int, default=1, help="measured rounds of whole calls")
     options = parser.parse_args()
     common = {"benchmark": "states", "threads": torch.get_num_threads()}
     print(json.dumps({**common, **measure_prompts(options.rounds)}), flush=True)
-    print(json.dumps({**common, **measure_states(options.rows, options.layers, options.width)}), flush=True)
+    states = measure_states(options.rows, options.layers, options.width, options.state_rounds)
+    print(json.dumps({**common, **states}), flush=True)
 
 
 if __name__ == "__main__":

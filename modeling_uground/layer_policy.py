@@ -27,6 +27,13 @@ class LayerChoice:
     log_probs: torch.Tensor | None
     draws: torch.Tensor | None = None
 
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Segment and layer of all that is read, `(M,)` each: a layer drawn twice of a segment is read once."""
+        if self.draws is None:
+            return torch.arange(len(self.index), device=self.index.device), self.index
+        return self.draws.nonzero(as_tuple=True)
+
 
 class LayerPolicy(nn.Module):
     """

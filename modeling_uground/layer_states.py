@@ -48,6 +48,15 @@ class ImageStates:
         kept = next(states for states in self.layers if states is not None)
         return kept.shape[1] if self.columns is None else self.columns.shape[1]
 
+    def picked(self, rows: torch.Tensor, layers: torch.Tensor) -> "ImageStates":
+        """
+        States that hold what is read at these places.
+
+        Args:
+            rows, layers (`(M,)`, int64): one of the G rows and a layer, for each place; places may repeat.
+        """
+        return self
+
     def of_rows(self, row_of: torch.Tensor) -> "ImageStates":
         """The same states for rows that begin with other ones of the G prefixes."""
         return ImageStates(self.layers, self.columns, row_of)

@@ -3,6 +3,7 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         if drawn:
             request = LayerRequest(index=drawn["layer_draws"][0])
         choice = self._choose_layers(len(segments), logits, request, device)
+        segment, layer = choice.places
+        picked = segments.image_states.picked(segments.token_row[segment.to(segments.token_row.device)], layer)
+        segments = replace(segments, image_states=picked)
         decode = self._decode_chosen if choice.draws is None else self._decode_drawn
         return {
             "segment_row": segments.row,
@@ -344,7 +348,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
     def _decode_drawn(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
         """Average over the layers drawn of each segment; a layer drawn twice is decoded once and weighs double."""
-        segment, layer = choice.draws.nonzero(as_tuple=True)
+        segment, layer = choice.places
         weight = choice.draws[segment, layer]
         decoded = self._decode_chosen(segments.select(segment), LayerChoice(layer, None))
 

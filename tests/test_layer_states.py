@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import END_TOKEN, SEGMENT_TOKEN, tiny_inputs, tiny_model
+from tiny import END_TOKEN, SEGMENT_TOKEN, say_only, tiny_inputs, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from uground.modeling_uground.layer_states import ImageStates, PrefixStates
@@ -192,3 +192,121 @@ def test_rows_read_the_prefix_that_they_begin_with():
     shared = states.of_rows(torch.tensor([1, 0, 1]))
     assert shared.layers is states.layers and shared.row_of.tolist() == [1, 0, 1]
     assert torch.equal(shared.at(1, 1), states.layers[1][1])
+
+
+class Passes:
+    """Within a `with` block, counts rows that enter each decoder layer in passes of more than one token."""
+
+    def __init__(self, model):
+        self.layers = model.adapter.decoder_layers(model.lmm)
+        self.seen = [[] for _ in self.layers]
+
+    def __enter__(self):
+        def watch(number):
+            return lambda _module, args: self.seen[number].append(len(args[0])) if args[0].shape[1] > 1 else None
+
+        self.handles = [
+            layer.register_forward_pre_hook(watch(number), prepend=True) for number, layer in enumerate(self.layers)
+        ]
+        return self.seen
+
+    def __exit__(self, *_error):
+        for handle in self.handles:
+            handle.remove()
+
+
+def ask(model, inputs, **settings):
+    """A seeded call of `segment` in which every row writes its answer."""
+    start = inputs["input_ids"].shape[1]
+    rows = settings.get("max_rows", len(ANSWERS))
+    answers = [ANSWERS[first : first + rows] for first in range(0, len(ANSWERS), rows)]
+    torch.manual_seed(3)
+
+    class WriteInTurn(Write):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == self.start:
+                self.answers = answers.pop(0)
+            return super().__call__(input_ids, scores)
+
+    writing = {"logits_processor": LogitsProcessorList([WriteInTurn([], start)]), "max_new_tokens": len(ANSWERS[0])}
+    return model.segment(**inputs, **writing, **settings)
+
+
+@pytest.mark.parametrize("num_ids", [1, 3])
+@pytest.mark.parametrize("images", IMAGES)
+@pytest.mark.parametrize("selection", ["argmax", "mc", "sample"])
+@pytest.mark.parametrize("max_rows", [4, 2, 1])
+def test_states_that_are_read_again_are_those_that_were_there(selection, images, num_ids, max_rows):
+    model, inputs = tiny_model(num_segment_tokens=num_ids), tiny_inputs(PROMPTS, IMAGES[images])
+    settings = {"layer_selection": selection, "max_rows": max_rows}
+    expected = ask(model, inputs, **settings, max_kept_prefixes=4)
+    found = ask(model, inputs, **settings, max_kept_prefixes=0)
+    assert len(found.segment_row) == {1: 12, 3: 3}[num_ids]
+    for name in ("sequences", "segment_row", "layer_index"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("similarity", "similarity_map", "mask_logits", "iou_scores", "uncertainty", "agreement"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), **TOLERANCE)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_only_rows_that_wrote_a_segment_are_read_again_and_only_as_deep_as_was_picked(images):
+    model, inputs = tiny_model(), tiny_inputs(PROMPTS, IMAGES[images])
+    with torch.no_grad():
+        # None beyond layer 2.
+        model.layer_policy.gates.zero_()
+        model.layer_policy.gates[1, 0], model.layer_policy.gates[2, 0] = 1e4, -1e4
+    processor = Write(ANSWERS, inputs["input_ids"].shape[1])
+    writing = {"logits_processor": LogitsProcessorList([processor]), "max_new_tokens": len(ANSWERS[0])}
+    answers = write(model, inputs, max_kept_prefixes=0, **writing)
+    assert answers.segments.image_states.nbytes == 0
+    answers.segments = answers.segments.select((answers.segments.row != 3).nonzero().squeeze(-1))
+    with Passes(model) as seen:
+        layers = model.read_masks(answers, "argmax").layer_index.tolist()
+    assert set(layers) <= {0, 1, 2} and max(layers) > 0
+    places = set(zip(answers.segments.token_row.tolist(), layers, strict=True))
+    # Of rows 0 and 2, which share an image or do not; an image is read once.
+    rows = {"shared": 1, "unshared": 2}[images]
+    assert [len(passes) for passes in seen] == [1] * max(layers) + [0] * (4 - max(layers))
+    assert seen[0] == [rows] and {row for row, _ in places} == set(answers.segments.token_row.tolist())
+    picked = answers.segments.image_states.picked(answers.segments.token_row, torch.tensor(layers))
+    assert picked.nbytes == len(places) * TOKENS * WIDTH * 4
+
+
+def test_nothing_is_read_again_where_nothing_was_written():
+    model, inputs = tiny_model(), tiny_inputs(PROMPTS, IMAGES["unshared"])
+    answers = write(model, inputs, max_new_tokens=3, suppress_tokens=[S], max_kept_prefixes=0)
+    with Passes(model) as seen:
+        output = model.read_masks(answers, "argmax")
+    assert seen == [[], [], [], []] and output.mask_logits.shape == (0, 16, 16)
+    assert output.similarity.shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize("rows, max_rows, passes", [(4, 64, [4]), (5, 64, [5, 5]), (8, 4, [4, 4]), (10, 5, [5] * 4)])
+def test_the_number_of_prefixes_says_whether_all_layers_are_kept(rows, max_rows, passes):
+    """Four at a time are kept; five are read twice, as far as they wrote segments."""
+    model, inputs = tiny_model(), tiny_inputs([[5 + row] for row in range(rows)])
+    with Passes(model) as seen:
+        output = model.segment(**inputs, max_rows=max_rows, max_new_tokens=1, suppress_tokens=say_only(S))
+    assert len(output.segment_row) == rows and seen[0] == passes
+    with Passes(model) as seen:
+        model.segment(
+            **inputs, max_rows=max_rows, max_new_tokens=1, suppress_tokens=say_only(S), layer_selection="last"
+        )
+    assert sum(seen[0]) == rows, "a layer that is known is kept"
+
+
+def test_a_session_keeps_all_layers_of_its_prefix():
+    """Its one prefix is read when it is opened, and for no query again."""
+    model, inputs = tiny_model(), tiny_inputs(PROMPTS, [0, 0, 0, 0])
+    images = model.get_image_embeddings(**inputs)
+    text = (inputs["input_ids"], inputs["attention_mask"], inputs["image_index"])
+    prefix = model.read_prefix(*text, images)
+    with Passes(model) as seen:
+        found = ask(model, {**inputs, "image_embeddings": images}, prefix=prefix, max_kept_prefixes=0)
+    assert sum(map(len, seen)) == len(seen) and len(found.segment_row) == 12
+    assert prefix.image_states.nbytes == LAYERS * TOKENS * WIDTH * 4
+
+
+def test_fewer_than_no_prefixes_are_refused():
+    with pytest.raises(ValueError, match="max_kept_prefixes must be at least 0, got -1"):
+        tiny_model().segment(**tiny_inputs([[5]]), max_kept_prefixes=-1)
