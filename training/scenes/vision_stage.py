@@ -1,8 +1,8 @@
 """A CLIP tower that learns to tell kind, colour, texture and size of what Scenes show, by patch and by object.
 
 Some colours of each kind are never drawn in training, and a tower that sees them only as they are drawn learns which
-kinds a colour excludes. So that a kind is told by its shape, most scenes are shown in other colours than they were drawn
-in: these are asked for kinds, the others for colours, all for textures and sizes.
+kinds a colour excludes. So that a kind is told by its shape, most scenes are shown in other colours than they were
+drawn in: these are asked for kinds, the others for colours, all for textures and sizes.
 """
 
 from dataclasses import replace
