@@ -16,7 +16,7 @@ from .query_rows import Rows
 
 # At 7B with 576 image tokens in half precision, those of one prefix take 156 MB at all layers, of 64 prefixes 10 GB.
 # One query, several about one image, and small batches do not pay for a second reading.
-MAX_KEPT_PREFIXES = 4
+MAX_KEPT_PREFIXES = 16
 
 
 @dataclass

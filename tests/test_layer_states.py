@@ -281,9 +281,11 @@ def test_nothing_is_read_again_where_nothing_was_written():
     assert output.similarity.shape == (0, 4, 4)
 
 
-@pytest.mark.parametrize("rows, max_rows, passes", [(4, 64, [4]), (5, 64, [5, 5]), (8, 4, [4, 4]), (10, 5, [5] * 4)])
+@pytest.mark.parametrize(
+    "rows, max_rows, passes", [(16, 64, [16]), (17, 64, [17, 17]), (20, 10, [10, 10]), (34, 17, [17] * 4)]
+)
 def test_the_number_of_prefixes_says_whether_all_layers_are_kept(rows, max_rows, passes):
-    """Four at a time are kept; five are read twice, as far as they wrote segments."""
+    """Sixteen at a time are kept; seventeen are read twice, as far as they wrote segments."""
     model, inputs = tiny_model(), tiny_inputs([[5 + row] for row in range(rows)])
     with Passes(model) as seen:
         output = model.segment(**inputs, max_rows=max_rows, max_new_tokens=1, suppress_tokens=say_only(S))
