@@ -53,6 +53,15 @@ def voc(tmp_path):
     return tmp_path
 
 
+def test_the_export_of_labelme_in_the_form_of_voc(voc):
+    (voc / "SegmentationClass").rename(voc / "SegmentationClassPNG")
+    (voc / "SegmentationClass").mkdir()
+    (voc / "SegmentationClass" / "a.npy").write_bytes(b"")
+    (voc / "class_names.txt").write_text("_background_\ncup\ntree\n")
+    lines, _ = convert("voc", voc, voc / "mine.jsonl")
+    assert set(lines) == {"train a cup", "train a tree", "val b cup"}
+
+
 @pytest.mark.parametrize(
     "names",
     [
