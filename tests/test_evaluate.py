@@ -429,10 +429,34 @@ def test_a_file_of_ones_own_is_measured(checkpoint, tmp_path, capsys):
     assert [row["expected"] for row in rows] == ["It is [SEG].", "They are [SEG] and [REJ].", "It is [REJ]."]
     file.write_text(file.read_text() + "\n" + json.dumps(lines[0]))
     assert main([*flags, "--dataset", f"{file}:mine"]) == 2, "other lines are other data"
-    turns = [{"query": "a", "masks": []}, {"query": "b", "masks": []}]
+
+
+def test_of_several_turns_the_last_is_measured(checkpoint, tmp_path, capsys, monkeypatch):
+    """Behind the earlier ones, with the answers that were wanted there."""
+    Image.fromarray(gradient_image(30, 50)).save(tmp_path / "a.png")
+    square, other = [[5, 5, 30, 5, 30, 20]], [[10, 10, 20, 10, 20, 25]]
+    turns = [{"query": "a cup and a boat", "masks": [square, square]}, {"query": "the tree", "masks": [other]}]
+    file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps({"image": "a.png", "turns": turns}))
-    assert main(["--model", checkpoint, "--dataset", str(file)]) == 2
-    assert f"{file}:1: several turns can be trained on, but not be measured" in capsys.readouterr().err
+    flags = ["--model", checkpoint, "--dataset", str(file), "--max-new-tokens", "4"]
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 0
+    (row,) = rows_of(tmp_path / "out")
+    assert (row["query"], row["expected"]) == ("the tree", "It is [SEG].")
+    assert len(row["masks"]) == row["answer"].count("[SEG]"), "masks of earlier turns are none of its own"
+    example = evaluation_data(str(file), None, "test", None, 0).example(0)
+    (mask,) = map(decoded, example["masks"])
+    assert mask[12, 15:19].all() and not mask[6].any()
+    model, processor, asked = talkative_model(3), tiny_processor(), []
+    monkeypatch.setattr(type(model), "write_answers", lambda _, ids, *rest, **more: asked.append(ids) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(model, processor, [example], ["last"])
+    (ids,) = asked[0].tolist()
+    assert ids.count(processor.segment_token_id) == 2
+    words = processor.tokenizer.decode(ids)
+    assert words.index("boat") < words.index("[SEG]") < words.index("tree")
+    capsys.readouterr()
+    assert main([*flags, "--style", "teacher-forced"]) == 2
+    assert f"{file}:1: several turns can be measured with --style generate only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [4295, 2**32 - 1])

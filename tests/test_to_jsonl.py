@@ -258,6 +258,8 @@ def test_the_command_closes_with_a_table_and_says_mistakes_in_one_line(folder, c
     assert "the source" in refused(capsys, "coco", folder / "no.json", *out)
     assert "--images" in refused(capsys, "coco", source, "--images", folder / "no", *out)
     assert "--query must hold {name}" in refused(capsys, "coco", source, "--query", "the cup", *out)
+    (folder / "all.zip").write_bytes(b"PK")
+    assert "all.zip is an archive: unpack it" in refused(capsys, "coco", folder / "all.zip", *out)
     (folder / "broken.json").write_text("{")
     assert "must be a whole JSON file" in refused(capsys, "coco", folder / "broken.json", *out)
     save_json(folder / "empty.json", coco([]))
@@ -461,6 +463,10 @@ def test_yolo_by_folders_with_a_list_of_names(yolo):
     where = {"images": yolo / "images", "names": yolo / "names.txt"}
     lines, _ = convert("yolo", yolo / "labels", yolo / "mine.jsonl", **where)
     assert set(lines) == {"train train/a cup", "val val/a tree"}
+    (yolo / "data.yaml").unlink()
+    (yolo / "names.txt").rename(yolo / "classes.txt")
+    lines, table = convert("yolo", yolo, yolo / "mine.jsonl")
+    assert set(lines) == {"train train/a cup", "val val/a tree"} and "in another folder" not in table
     (yolo / "labels" / "classes.txt").write_text("mug\noak\n")
     lines, _ = convert("yolo", yolo / "labels", yolo / "mine.jsonl", images=yolo / "images")
     assert [line["phrases"] for line in lines.values()] == [["mug"], ["oak"]]

@@ -53,6 +53,15 @@ def voc(tmp_path):
     return tmp_path
 
 
+def test_the_export_of_labelme_in_the_form_of_voc(voc):
+    (voc / "SegmentationClass").rename(voc / "SegmentationClassPNG")
+    (voc / "SegmentationClass").mkdir()
+    (voc / "SegmentationClass" / "a.npy").write_bytes(b"")
+    (voc / "class_names.txt").write_text("_background_\ncup\ntree\n")
+    lines, _ = convert("voc", voc, voc / "mine.jsonl")
+    assert set(lines) == {"train a cup", "train a tree", "val b cup"}
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -464,6 +473,31 @@ def test_a_saved_data_set_with_columns_of_other_names(tmp_path):
         to_jsonl("hub", tmp_path / "saved", tmp_path / "x.jsonl", negatives=1, quiet=True)
     with pytest.raises(OSError, match="Couldn't reach 'no/where' on the Hub"):
         to_jsonl("hub", "no/where", tmp_path / "x.jsonl", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ((AREA * 3).tolist(), "its mask must hold true and false, 1 and 0, or 255 and 0, got other values"),
+        (label_map((1, CUP), (2, TREE)).tolist(), "its mask must hold true and false"),
+        ([[1, 0], [1]], "a polygon must be x, y pairs of numbers"),
+        ([[2, 2, 300, 2, 8, 8]], r"the polygon's point \(300\.0, 2\.0\) lies far outside"),
+    ],
+)
+def test_a_mask_that_may_mean_several_things_is_refused(tmp_path, mask, message):
+    rows_of([mask], ["the cup"], Sequence(Sequence(Value("float32")))).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=rf"train row 0: {message}"):
+        to_jsonl("hub", tmp_path, tmp_path / "mine.jsonl", quiet=True)
+
+
+def test_pictures_of_files_that_other_libraries_wrote(tmp_path):
+    for image in (picture_bytes(), picture_bytes()["bytes"]):
+        table = pa.table({"image": [image], "text": ["the cup"], "mask": [AREA.tolist()]})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        parquet.write_table(table, tmp_path / "data" / "train.parquet")
+        lines, _ = convert("hub", tmp_path / "data", tmp_path / f"{type(image).__name__}.jsonl")
+        (line,) = lines.values()
+        assert (line["decoded"][0] == AREA).all()
 
 
 def test_a_mask_of_another_size_names_its_row(tmp_path):

@@ -159,6 +159,10 @@ def evaluate(arguments: EvaluationArguments, command: str | None = None) -> dict
     data = evaluation_data(arguments.dataset, arguments.root, arguments.split, arguments.count, arguments.seed)
     processor = load_processor(arguments.model)
     protocols = checked_protocols(arguments, data, processor)
+    if data.turns is not None and arguments.style == "teacher-forced":
+        raise ValueError(
+            f"{data.turns}: several turns can be measured with --style generate only, got {arguments.style}"
+        )
     dtype = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
     model = load_model(arguments.model, **dtype).to(state.device)
     layers = checked_layers(arguments.layers, model.config.num_layers, model.config.layer_policy)

@@ -56,6 +56,7 @@ class SettingsParser(TrlParser):
     """
 
     def __init__(self, arguments: type, description: str):
+        self.by_name: dict[str, argparse.Action] = {}
         super().__init__((arguments, UGroundTrainingConfig), usage=USAGE, description=description)
         self.own = [field.name for field in fields(arguments)]
         self.add_argument(
@@ -66,6 +67,12 @@ class SettingsParser(TrlParser):
             default=argparse.SUPPRESS,
             help="list the settings inherited from transformers and trl too",
         )
+
+    def add_argument(self, *args, **kwargs) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        if action.dest not in ("help", argparse.SUPPRESS):
+            self.by_name[action.dest] = action
+        return action
 
     def parse(self, argv: list[str]) -> tuple:
         """
@@ -95,12 +102,11 @@ class SettingsParser(TrlParser):
     def print_all_help(self) -> None:
         """Print the help with every setting."""
         named = {*self.own, *UGroundTrainingConfig.__annotations__, *USUAL}
-        rest = [action.dest for action in self._actions if action.dest not in named]
+        rest = [name for name in self.by_name if name not in named]
         print(self.format_help() + "\n" + self._help([("inherited", rest)], with_head=False), end="")
 
     def _help(self, sections: list[tuple[str, list[str]]], with_head: bool = True) -> str:
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)}
-        formatter = self._get_formatter()
+        actions, formatter = self.by_name, self.formatter_class(prog=self.prog)
         if with_head:
             formatter.add_usage(self.usage, [], [])
             formatter.add_text(self.description)

@@ -47,6 +47,7 @@ WITHOUT_NAMES = ("hub", "annotated")
 FAIL, SKIP = "fail", "skip"
 TEMPLATE = "the {name}"
 NO_SPLIT = None
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 @contextmanager
@@ -128,6 +129,8 @@ def to_jsonl(
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r} of annotations; there are: {', '.join(KINDS)}")
     check_templates(queries)
+    if source.suffix.lower() in ARCHIVES and source.is_file():
+        raise ValueError(f"{source} is an archive: unpack it and name the folder or the file inside")
     if negatives and kind in WITHOUT_NAMES:
         raise ValueError(f"--negatives needs a list of names, which {kind} has not; expected 0, got {negatives}")
     # What has no folder here, a data set of the Hub, holds its pictures itself.

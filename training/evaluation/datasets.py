@@ -10,6 +10,7 @@ from uground.training.data.prepared import is_prepared, prepared_dataset
 from uground.training.data.registry import DATASETS, PREMISE, SEVERAL, read_samples
 from uground.training.data.samples import SkipCount
 from uground.training.data.wording import Wording
+from uground.training.evaluation.predictions import last_turn
 from uground.training.evaluation.protocols import PROTOCOLS
 from uground.training.scenes import SPLITS as SCENE_SPLITS
 from uground.training.scenes import scene_examples
@@ -34,6 +35,7 @@ class EvaluationData:
         is_answer_known: whether a model can have learnt the very words that are wanted, so that comparing tells
             something; templates stand in for the answers of most datasets.
         content: changes with what a user's own file says.
+        turns: the first example with earlier turns, by its line; None where there is none.
     """
 
     size: int
@@ -44,6 +46,7 @@ class EvaluationData:
     left_out: str = ""
     is_answer_known: bool = False
     content: str | None = None
+    turns: str | None = None
 
 
 def evaluation_data(dataset: str, root: str | Path, split: str, count: int | None, seed: int) -> EvaluationData:
@@ -106,22 +109,27 @@ def _limited(size: int, count: int | None, example, protocols: tuple[str, ...], 
 def _own_file(path: str, split: str, count: int | None) -> EvaluationData:
     """The lines of a JSONL file that ask for masks."""
     source = JsonlSource(path, split)
-    rows = []
+    rows, turns = [], None
     for index in range(len(source)):
         line = source.line(index)
-        if isinstance(line.get("turns"), list) and len(line["turns"]) > 1:
-            raise ValueError(f"{source.name_of(index)}: several turns can be trained on, but not be measured")
         if asks_for_masks(line):
             rows.append(index)
+            if turns is None and isinstance(line.get("turns"), list) and len(line["turns"]) > 1:
+                turns = source.name_of(index)
 
     def example(number: int) -> dict:
-        (read,) = source[rows[number]]["examples"]
+        read = last_turn(source[rows[number]]["examples"][0])
         # Phrases label the targets in overlays, and a line may have none.
         count = len(read["masks"])
         phrases = read["phrases"] if len(read["phrases"]) == count else [read["query"]] * count
         return {**read, "phrases": phrases, "subset": None}
 
-    more = {"content": source.record()["content"], "neutral_answer": "It is [SEG].", "is_answer_known": True}
+    more = {
+        "turns": turns,
+        "content": source.record()["content"],
+        "neutral_answer": "It is [SEG].",
+        "is_answer_known": True,
+    }
     return _limited(len(rows), count, example, HOUSE_PROTOCOLS, split, **more)
 
 

@@ -19,6 +19,7 @@ from uground.processing.drawing import draw_overlay
 from uground.processing.image_reading import read_image
 from uground.training.data.masks import decode_mask
 from uground.training.evaluation.counts import OVERALL, GroundingCounts
+from uground.training.evaluation.predictions import last_turn
 
 FIGURES = ("ciou", "giou", "n_acc", "t_acc")
 
@@ -154,7 +155,7 @@ class AnswerEvaluation:
         predictions = self.processor.post_process_instance_segmentation(outputs, queries=queries)
         examples = [(example, image) for group, image in zip(groups, images, strict=True) for example in group]
         for (example, image), prediction in zip(examples, predictions, strict=True):
-            yield example, image, prediction
+            yield last_turn(example), image, prediction
 
 
 def draw_comparison(image: Image.Image, example: dict, prediction: dict) -> Image.Image:

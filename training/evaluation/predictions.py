@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from uground.modeling_uground.generation_uground import WrittenAnswers
 from uground.processing import UGroundProcessor
 from uground.training.data.masks import decode_mask
+from uground.training.data.wording import SEGMENT
 from uground.training.evaluation.prompts import with_system_prompt
 
 STYLES = ("generate", "teacher-forced")
@@ -52,6 +53,15 @@ def target_masks(example: dict) -> np.ndarray:
     return np.stack(masks) if masks else np.zeros((0, *size), dtype=bool)
 
 
+def last_turn(example: dict) -> dict:
+    """An example with the masks and phrases of its last answer; those of earlier ones stand in its `history`."""
+    if not example.get("history"):
+        return example
+    masks, phrases = example["masks"], example["phrases"]
+    first = len(masks) - example["answer"].count(SEGMENT)
+    return {**example, "masks": masks[first:], "phrases": phrases[first:] if len(phrases) == len(masks) else []}
+
+
 def group_by_image(examples: list[dict]) -> tuple[list, list[list[int]]]:
     """Distinct images, and of each the numbers of its examples: an image is encoded once for all its queries."""
     groups: dict[object, list[int]] = {}
@@ -77,7 +87,9 @@ def predict(
 
     Args:
         model, processor: of one checkpoint.
-        examples: in the common schema, images opened; several may be about one image.
+        examples: in the common schema, images opened; several may be about one image. One with a `history` is asked
+            its last query behind the earlier ones and the answers wanted there, in the style `generate` only, and
+            holds the masks of the last answer alone, see [`last_turn`].
         layers: choices of layer, as `model.read_masks` takes them.
         style: one of `STYLES`.
         max_new_tokens: of a written answer; by default as the model's `generation_config` says.
@@ -89,9 +101,7 @@ def predict(
     """
     images, groups = group_by_image(examples)
     order = [number for group in groups for number in group]
-    queries = [[examples[number]["query"] for number in group] for group in groups]
-    if system_prompt is not None:
-        queries = [[with_system_prompt(processor, query, system_prompt) for query in asked] for asked in queries]
+    queries = [[_asked(processor, examples[number], system_prompt) for number in group] for group in groups]
     answers = forced = None
     if style == "teacher-forced":
         forced = [forced_answer(processor, example, neutral_answer) for example in examples]
@@ -119,6 +129,17 @@ def predict(
             found[number] = _prediction(processor, examples[number], result, flags, forced and forced[number])
         predictions[layer] = found
     return predictions
+
+
+def _asked(processor, example: dict, system_prompt: str | None) -> str:
+    """The query, or a whole prompt where earlier turns or other words stand before it."""
+    if example.get("history"):
+        return processor.render_prompt(
+            [(turn["query"], turn["answer"]) for turn in example["history"]], example["query"]
+        )
+    return (
+        example["query"] if system_prompt is None else with_system_prompt(processor, example["query"], system_prompt)
+    )
 
 
 def _prediction(processor, example: dict, result: dict, rejected: list[bool], forced: str | None) -> Prediction:

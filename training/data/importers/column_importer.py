@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -29,6 +29,7 @@ from uground.training.data.records import Record
 
 SAVED = ("state.json", "dataset_dict.json")
 NO_TEXT = "a row without text"
+WHITE = 255
 
 
 def read_columns(reading: Reading) -> Iterator[Entry]:
@@ -50,10 +51,16 @@ def read_columns(reading: Reading) -> Iterator[Entry]:
         for column in reading.columns:
             if isinstance(data.features[column], ImageFeature):
                 data = data.cast_column(column, ImageFeature(decode=False))
-        if not isinstance(data.features[reading.columns[0]], ImageFeature):
+        if not _holds_pictures(data.features[reading.columns[0]]):
             raise ValueError(f"the column {reading.columns[0]!r} of {name} must hold pictures")
         for number, row in enumerate(data.select_columns(list(reading.columns))):
             yield lambda at=(row, split, f"{name}, {split} row {number}"): _row(*at, reading)
+
+
+def _holds_pictures(feature) -> bool:
+    """Whether a column holds pictures, perhaps without saying so, as files that other libraries wrote."""
+    stored = isinstance(feature, dict) and {"bytes", "path"} >= set(feature) and feature
+    return bool(stored) or isinstance(feature, ImageFeature) or feature == Value("binary")
 
 
 def _splits(name: str, reading: Reading) -> dict[str, Dataset | IterableDataset]:
@@ -99,7 +106,7 @@ def _row(row: dict, split: str, place: str, reading: Reading) -> AnnotatedPictur
 
 def _picture(image, place: str, reading: Reading) -> Picture:
     """A picture as a file of its own, or to become one, called after its content: many rows may be about one."""
-    held = image if isinstance(image, dict) else {}
+    held = image if isinstance(image, dict) else {"bytes": image}
     if held.get("bytes") is None:
         if not held.get("path"):
             raise ValueError(f"{place}: there is no image")
@@ -128,7 +135,8 @@ def _mask(mask, picture: Picture, reading: Reading, place: str) -> dict:
         return canvas.mask(mask, place)
     if _is_dense(mask):
         array = np.asarray(mask)
-        if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1, array.max(initial=1))).all():
+        values = set(np.unique(array).tolist()) if array.dtype.kind in "biuf" else {None}
+        if not values <= {0, 1} and not values <= {0, WHITE}:
             raise ValueError(f"{place}: its mask must hold true and false, 1 and 0, or 255 and 0, got other values")
         return picture.drawn_on(array.shape, reading.tally, place).pixels(array > 0)
     if isinstance(mask, list):
@@ -139,14 +147,14 @@ def _mask(mask, picture: Picture, reading: Reading, place: str) -> dict:
 
 
 def _is_dense(mask) -> bool:
-    """Whether these are rows of pixels and not polygons: as many of them as others are long, of 0, 1 or 255."""
+    """Whether these are rows of pixels and not polygons: the first two are as long, and hold 0, 1 and 255 alone."""
     if not isinstance(mask, list) or len(mask) < 2 or not all(isinstance(line, list) for line in mask):
         return False
-    lengths, values = (
-        {len(line) for line in mask},
-        {value for line in mask[:2] for value in line if not isinstance(value, list)},
+    first = [*mask[0], *mask[1]]
+    is_flat = not any(isinstance(value, (list, dict, str)) for value in first)
+    return (
+        is_flat and len({len(line) for line in mask}) == 1 and (set(first) <= {0, 1, WHITE} or len(mask[0]) % 2 == 1)
     )
-    return len(lengths) == 1 and values <= {0, 1, 255} and not any(isinstance(one, list) for one in mask[0])
 
 
 def read_annotated(reading: Reading) -> Iterator[Entry]:

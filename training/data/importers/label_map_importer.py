@@ -11,7 +11,9 @@ from uground.processing.text_lines import read_lines
 from uground.training.data.importers.annotated import AnnotatedPicture, Canvas, Entry, Picture, Reading, key_of
 from uground.training.data.importers.name_lists import read_names
 
-CLASSES, OBJECTS, LISTS, PICTURES = "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation", "JPEGImages"
+# labelme's export has both names, with pictures in the second.
+CLASSES, OBJECTS = (tuple(f"Segmentation{kind}{end}" for end in ("", "PNG")) for kind in ("Class", "Object"))
+LISTS, PICTURES = "ImageSets/Segmentation", "JPEGImages"
 NAME_FILES = ("labelmap.txt", "class_names.txt", "classes.txt")
 SPLITS = ("train", "val", "test")
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
@@ -47,8 +49,8 @@ def read_label_map_files(reading: Reading) -> Iterator[Entry]:
         OSError: there are no maps. ValueError: there are no names, or a map holds what has none.
     """
     root = reading.source
-    maps_folder = root / CLASSES if (root / CLASSES).is_dir() else root
-    objects = root / OBJECTS if (root / OBJECTS).is_dir() else None
+    maps_folder = next((root / name for name in CLASSES if any((root / name).glob("*.png"))), root)
+    objects = next((root / name for name in OBJECTS if any((root / name).glob("*.png"))), None)
     splits = _splits(root / LISTS)
     names_file = reading.names_file or next((root / n for n in NAME_FILES if (root / n).is_file()), None)
     if names_file is None:
