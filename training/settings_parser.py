@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trl import TrlParser
 
@@ -68,7 +68,7 @@ class SettingsParser(TrlParser):
             help="list the settings inherited from transformers and trl too",
         )
 
-    def add_argument(self, *args, **kwargs) -> argparse.Action:
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
         action = super().add_argument(*args, **kwargs)
         if action.dest not in ("help", argparse.SUPPRESS):
             self.by_name[action.dest] = action
