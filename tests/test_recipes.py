@@ -201,7 +201,15 @@ def test_the_command_refuses_in_a_sentence(stand_in, tmp_path, settings, message
 
 
 def test_a_log_is_one_line_and_a_negative_dice_is_explained_once(capsys):
-    logs = {"loss": 1.5, "loss/text": 0.25, "loss/map_dice": -0.1, "layer/0": 0.5, "policy/reward": -0.4, "epoch": 1.0}
+    logs = {
+        "loss": 1.5,
+        "loss/text": 0.25,
+        "loss/map_dice": -0.1,
+        "loss/critic": 0.0,
+        "layer/0": 0.5,
+        "policy/reward": -0.4,
+        "epoch": 1.0,
+    }
     assert log_line(logs, 20, 120) == "step 20 of 120: loss 1.5, text 0.25, map_dice -0.1, reward -0.4"
     evaluated = {
         "eval_loss": 1.5,

@@ -9,7 +9,8 @@ OTHERS = {"policy/reward": "reward", "policy/entropy": "entropy", "learning_rate
 LOSSES, EVALUATED, RUNTIME = "loss/", "eval_", "train_runtime"
 # Times and counts of an evaluation, which tell nothing of the model.
 LEFT_OUT = ("runtime", "samples_per_second", "steps_per_second", "epoch", "num_tokens", "mean_token_accuracy")
-MAP_DICE = "loss/map_dice"
+# Most runs have no critic, and then its loss is 0.
+MAP_DICE, CRITIC = "loss/map_dice", "loss/critic"
 NEGATIVE_DICE = (
     "map_dice may lie below 0, and lower is better all the same: its targets weigh w = background / object, at most "
     "pos_weight_cap, so that a perfect map costs about (1 - w) / (1 + w)"
@@ -31,9 +32,8 @@ def log_line(logs: dict, step: int, steps: int) -> str:
     evaluated = {name.removeprefix(EVALUATED): value for name, value in figures.items() if name.startswith(EVALUATED)}
     kept = evaluated or figures
     parts = [f"loss {_number(kept['loss'])}"] if "loss" in kept else []
-    parts += [
-        f"{name.removeprefix(LOSSES)} {_number(value)}" for name, value in kept.items() if name.startswith(LOSSES)
-    ]
+    losses = {name: value for name, value in kept.items() if name.startswith(LOSSES) and (value or name != CRITIC)}
+    parts += [f"{name.removeprefix(LOSSES)} {_number(value)}" for name, value in losses.items()]
     if evaluated:
         shown = (name for name in kept if "/" not in name and name != "loss" and name not in LEFT_OUT)
         parts += [f"{name} {_number(kept[name])}" for name in shown]
