@@ -294,8 +294,10 @@ def test_unusable_inputs_are_refused(pipe):
         pipe(text="a")
     with pytest.raises(ValueError, match="an item must be .* got ndarray"):
         pipe([image])
-    with pytest.raises(ValueError, match=r"an item must be .* got \['image', 'query'\]"):
-        pipe({"image": image, "query": "a"})
+    with pytest.raises(ValueError, match=r"an item must be .* got \['image', 'query', 'text'\]"):
+        pipe({"image": image, "query": "a", "text": "a"})
+    with pytest.raises(ValueError, match="of a stream of images one query can be asked, got list"):
+        pipe(iter([image]), ["a", "b"])
     with pytest.raises(ValueError, match="expected 2, got 1"):
         pipe([image, image], ["a"])
     with pytest.raises(ValueError, match="must not be empty"):
