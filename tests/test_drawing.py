@@ -26,7 +26,7 @@ def test_objects_keep_their_colours_and_the_rest_is_dimmed():
         assert (drawn[top:bottom, left:right] == pixels[top:bottom, left:right]).all()
     for left, top, right, bottom in boxes:
         free[max(0, top - 40) : bottom + 5, max(0, left - 5) : right + 150] = False
-        assert (drawn[top - 1, right - 2] == 255).all() and (drawn[bottom + 1, right - 2] != 255).any()
+        assert (drawn[bottom, right - 2] == 255).all() and (drawn[bottom + 1, right - 2] != 255).any()
     assert (drawn[free].max(-1) < pixels[free].max(-1)).all()
     assert (drawn[free].sum(-1) < 0.6 * pixels[free].sum(-1)).all()
 
