@@ -7,7 +7,7 @@ Importing `uground` registers its classes with the Auto classes of transformers 
 from importlib.metadata import version
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from uground.modeling_uground import (
@@ -26,6 +26,7 @@ __version__ = version("uground")
 hush_hub_kernel()
 AutoConfig.register("uground", UGroundConfig)
 AutoModel.register(UGroundConfig, UGroundForReferringSegmentation)
+AutoModelForImageTextToText.register(UGroundConfig, UGroundForReferringSegmentation)
 AutoProcessor.register(UGroundConfig, UGroundProcessor)
 PIPELINE_REGISTRY.register_pipeline(
     "referring-segmentation", pipeline_class=ReferringSegmentationPipeline, pt_model=AutoModel, type="multimodal"

@@ -32,7 +32,8 @@ class LayerChoice:
         """Segment and layer of all that is read, `(M,)` each: a layer drawn twice of a segment is read once."""
         if self.draws is None:
             return torch.arange(len(self.index), device=self.index.device), self.index
-        return self.draws.nonzero(as_tuple=True)
+        segments, layers = self.draws.nonzero(as_tuple=True)
+        return segments, layers
 
 
 class LayerPolicy(nn.Module):

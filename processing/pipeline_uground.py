@@ -14,17 +14,22 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
+from .answer_labels import label_absent
 from .argument_checks import check_number, check_one_of, check_whole
+from .conversation import is_conversation, read_conversation
 from .image_processors import seen_box
 from .prompt_format import EARLIER_FRAME, check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
 from .rejection import is_rejected, map_peak
+from .results import GroundingResult
 
 logger = logging.get_logger(__name__)
 
 FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
 POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
+# Names of what an item asks, and of what stands for image and query in it.
+TEXT_KEYS, CONVERSATION_KEY = ("text", "query"), "messages"
 # What is one image, or none at all, although it may be iterable.
 IMAGE_TYPES = (str, bytes, np.ndarray, torch.Tensor, Image.Image)
 # `pipeline(...)` reads these for the download and hands them on.
@@ -39,13 +44,15 @@ class ReferringSegmentationPipeline(Pipeline):
     pipe = pipeline("referring-segmentation", model=path, trust_remote_code=True)
     pipe(image, "the red cup")                                # one result
     pipe(image, ["the red cup", "the tree"])                  # a list of results; the image is encoded once
-    pipe([{"image": image, "text": "the red cup"}, …], batch_size=8)   # a list; a "text" may be a list of queries
+    pipe(files, "the red cup", batch_size=8)                  # a list: one query of many images
+    pipe([{"image": image, "query": "the red cup"}, …], batch_size=8)  # a list; a "query" may be a list of queries
+    pipe([{"role": "user", "content": [{"type": "image", "url": …}, {"type": "text", "text": "the red cup"}]}])
     ```
 
-    A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
-    0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
-    the image. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a warning is
-    logged, unless `warns_of_cut` is `False`.
+    A result is a [`GroundingResult`]: the dictionary `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255
+    in image size, "score": float in 0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`, which
+    can be drawn and written; `segments` is empty for what is not in the image. An answer that was cut, by
+    `max_new_tokens` for one, may lack segments: of the first one a warning is logged, unless `warns_of_cut` is false.
     """
 
     _load_processor = True
@@ -73,9 +80,11 @@ class ReferringSegmentationPipeline(Pipeline):
     ) -> Any:
         """
         Args:
-            inputs: an image, or a list of images, with `text`; without it, `{"image": …, "text": …}`, or a list,
-                dataset or iterable of such items. `image=` and `images=` are other names for it.
-            text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`].
+            inputs: an image, or a list, dataset or iterable of images, with `text`; without it `{"image": …,
+                "query": …}` (or `"text"`), or a conversation as `pipeline("image-text-to-text")` takes it, about one
+                image; or a list, dataset or iterable of such items. `image=` and `images=` are other names for it.
+            text: a query or a list of queries, nested as in [`UGroundProcessor.__call__`]; of a list of images, one
+                query is asked of each. Or a conversation, or a list of them, without `inputs`.
             batch_size (`int`): how many images go through the model at a time, with all of their queries.
             max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says.
             layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
@@ -90,6 +99,10 @@ class ReferringSegmentationPipeline(Pipeline):
                 image token that sees image, rows first; and `"similarity_box"` where these see a part of the image
                 only, as of a model that is shown a centre crop: x0, y0, x1, y1 in pixels.
 
+        With `layer_selection="mc"` every segment has `"uncertainty"`, `(H, W)` float32 in image pixels, the variance
+        of the mask probability over the drawn layers, in 0..0.25, and `"agreement"`, how alike their masks are, in
+        0..1.
+
         Returns:
             For one image and one query a result, for one image and a list of queries a list of results; for a list
             of images or items a list of these; for a dataset or other iterable an iterator over them.
@@ -102,18 +115,11 @@ class ReferringSegmentationPipeline(Pipeline):
         """
         _check_loader(kwargs.get("batch_size"), kwargs.get("num_workers"))
         given = [value for value in (inputs, image, images) if value is not None]
+        if not given and isinstance(text, (list, tuple)) and text and not isinstance(text[0], str):
+            given, text = [text], None
         if len(given) != 1:
             raise ValueError(f"images must be given once, as the first argument, image= or images=; got {len(given)}")
-        inputs = given[0]
-        if text is not None:
-            inputs = _make_items(inputs, text)
-        elif isinstance(inputs, (list, tuple)):
-            inputs = list(inputs)
-        elif not isinstance(inputs, (Mapping, Dataset)):
-            if isinstance(inputs, IMAGE_TYPES) or not isinstance(inputs, Iterable):
-                raise ValueError(f"text is needed with an image, got {type(inputs).__name__} alone")
-            # The base class streams torch datasets and generators only.
-            inputs = (item for item in inputs)
+        inputs = _make_items(given[0], text)
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -133,14 +139,21 @@ class ReferringSegmentationPipeline(Pipeline):
         return {}, forward, {name: given[name] for name in POSTPROCESS_ARGUMENTS if name in given}
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
-        """Tensors of one item: one image with its queries."""
-        if not isinstance(input_, Mapping) or set(input_) != {"image", "text"}:
-            got = sorted(input_) if isinstance(input_, Mapping) else type(input_).__name__
-            raise ValueError(f'an item must be {{"image": …, "text": …}}, got {got}')
-        text = input_["text"]
+        """Tensors of one item: one image with its queries, or a conversation."""
+        image, text, messages = _read_item(input_)
         is_single = isinstance(text, str)
-        inputs = self.processor([input_["image"]], [text], **preprocess_parameters)
-        return {"inputs": dict(inputs), "queries": [text] if is_single else list(text), "is_single": is_single}
+        if messages is None:
+            inputs = self.processor([image], [text], **preprocess_parameters)
+        else:
+            settings: dict[str, Any] = {
+                "tokenize": True,
+                "return_dict": True,
+                "return_tensors": "pt",
+                "add_generation_prompt": True,
+            }
+            inputs = self.processor.apply_chat_template(messages, **settings, **preprocess_parameters)
+        queries = [text] if is_single else list(text)
+        return {"inputs": dict(inputs), "queries": queries, "is_single": is_single, "image": image}
 
     def _forward(self, input_tensors, **forward_parameters):
         outputs = self._segment(input_tensors.pop("inputs"), forward_parameters)
@@ -188,28 +201,40 @@ class ReferringSegmentationPipeline(Pipeline):
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
                 f"{self.model.config.similarity_scaling!r}"
             )
-        rows: list[dict] = []
-        maps, boxes = [], []
+        found: list[tuple] = []
         for outputs in model_outputs["outputs"]:
-            asked = queries[len(rows) : len(rows) + len(outputs["sequences"])]
-            rows += self.processor.post_process_instance_segmentation(
+            asked = queries[len(found) : len(found) + len(outputs["sequences"])]
+            rows = self.processor.post_process_instance_segmentation(
                 outputs, mask_threshold=mask_threshold, queries=asked
             )
-            maps += self._similarity_maps(outputs)
-            boxes += self._seen_boxes(outputs)
+            details = (self._similarity_maps(outputs), self._seen_boxes(outputs), self._uncertainties(outputs))
+            found += zip(rows, asked, *details, _image_sizes(outputs), strict=True)
+        layout = zip(model_outputs["images"], model_outputs["layout"], strict=True)
+        images = [image for image, (count, _) in layout for _ in range(count)]
+        marks = self.processor.segment_token, self.processor.reject_token
         results = []
-        for found, similarity_maps, box in zip(rows, maps, boxes, strict=True):
-            segments = _make_segments(found)
-            if return_similarity:
-                for segment, similarity_map in zip(segments, similarity_maps, strict=True):
+        for (row, query, maps, box, uncertainties, size), image in zip(found, images, strict=True):
+            segments = _make_segments(row)
+            for segment, similarity_map, uncertainty in zip(segments, maps, uncertainties, strict=True):
+                segment |= uncertainty
+                if return_similarity:
                     segment["similarity_map"] = similarity_map
-                    segment.update({} if box is None else {"similarity_box": list(box)})
-            segments = [segment for segment in segments if segment["score"] >= threshold]
-            peaks = list(map(map_peak, similarity_maps))
-            if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold):
-                segments = []
-            results.append({"answer": found["answer"], "segments": segments})
-        nested: list[dict | list[dict]] = []
+                    segment |= {} if box is None else {"similarity_box": list(box)}
+            absent = label_absent(row["answer"], query or "", *marks)
+            if is_rejected(row["answer"], list(map(map_peak, maps)), self.processor.reject_token, reject_threshold):
+                absent, segments = list(dict.fromkeys([*(one["label"] for one in segments), *absent])), []
+            results.append(
+                GroundingResult(
+                    answer=row["answer"],
+                    segments=[segment for segment in segments if segment["score"] >= threshold],
+                    query=query,
+                    size=size,
+                    absent=[name for name in absent if name],
+                    last_layer=self.model.config.num_layers - 1,
+                    image=image,
+                )
+            )
+        nested: list = []
         start = 0
         for count, is_single in model_outputs["layout"]:
             nested.append(results[start] if is_single else results[start : start + count])
@@ -283,6 +308,7 @@ class ReferringSegmentationPipeline(Pipeline):
         return {
             "inputs": batch,
             "queries": [query for item in items for query in item["queries"]],
+            "images": [item["image"] for item in items],
             "layout": [(len(item["queries"]), item["is_single"]) for item in items],
         }
 
@@ -298,6 +324,20 @@ class ReferringSegmentationPipeline(Pipeline):
             rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
             maps[row].append(similarity_map[:rows, :columns].float().numpy())
         return maps
+
+    def _uncertainties(self, outputs) -> list[list[dict]]:
+        """Per row, of each segment what layers disagree about, in image pixels; nothing unless several were drawn."""
+        found: list[list[dict]] = [[] for _ in range(len(outputs["sequences"]))]
+        spread, agreement = outputs.get("uncertainty"), outputs.get("agreement")
+        for number, row in enumerate(outputs["segment_row"].tolist()):
+            if spread is None:
+                found[row].append({})
+                continue
+            image = int(outputs["image_index"][row])
+            sizes = (outputs[name][image : image + 1] for name in ("sam_valid_sizes", "original_sizes"))
+            (full,) = self.processor.post_process_masks(spread[number : number + 1], *sizes)
+            found[row].append({"uncertainty": full.cpu().numpy(), "agreement": float(agreement[number])})
+        return found
 
     def _seen_boxes(self, outputs) -> list[tuple | None]:
         """Per row, the part of its image that its similarity maps cover; `None` for all of it."""
@@ -377,16 +417,57 @@ def halve_batch(inputs: dict) -> list[dict]:
     return halves
 
 
-def _make_items(images, text):
-    """One item for an image, a list of items for a list of images."""
-    is_list = is_list_of_images(images)
-    flat, queries = pair_images_with_queries(images, text)
-    texts = list(text) if is_list and not isinstance(text, str) else [text]
+def _make_items(inputs, text):
+    """What the base class takes: an item, a list of them, a dataset, or a generator."""
+    if text is None and is_conversation(inputs):
+        return {CONVERSATION_KEY: inputs}
+    if text is None and isinstance(inputs, (list, tuple)):
+        # The base class knows conversations too, and would make something else of them.
+        return [{CONVERSATION_KEY: item} if is_conversation(item) else item for item in inputs]
+    if text is None and isinstance(inputs, (Mapping, Dataset)):
+        return inputs
+    is_many = isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
+    if isinstance(inputs, (*IMAGE_TYPES, os.PathLike)) or not is_many:
+        if text is None:
+            raise ValueError(f"text is needed with an image, got {type(inputs).__name__} alone")
+    elif text is None:
+        # The base class streams torch datasets and generators only.
+        return ({CONVERSATION_KEY: item} if is_conversation(item) else item for item in inputs)
+    elif not isinstance(inputs, (list, tuple)):
+        if not isinstance(text, str):
+            raise ValueError(f"of a stream of images one query can be asked, got {type(text).__name__} as text")
+        items = inputs if isinstance(inputs, Iterable) else (inputs[number] for number in range(len(inputs)))
+        return ({"image": image, "text": text} for image in items)
+    is_list = is_list_of_images(inputs)
+    if is_list and isinstance(text, str):
+        text = [text] * len(inputs)
+    images, queries = pair_images_with_queries(inputs, text) if not is_list or len(inputs) else ([], [])
+    texts = list(text) if is_list else [text]
     items = [
         {"image": image, "text": entry if isinstance(entry, str) else asked}
-        for image, asked, entry in zip(flat, queries, texts, strict=True)
+        for image, asked, entry in zip(images, queries, texts, strict=True)
     ]
     return items if is_list else items[0]
+
+
+def _read_item(item) -> tuple[object, str | list[str], list[dict] | None]:
+    """Image and text of an item, and its messages where it is a conversation."""
+    if isinstance(item, Mapping) and set(item) == {CONVERSATION_KEY}:
+        messages, image, query = read_conversation(item[CONVERSATION_KEY])
+        return image, query, messages
+    given = [key for key in TEXT_KEYS if isinstance(item, Mapping) and key in item]
+    if len(given) != 1 or set(item) != {"image", *given}:
+        got = sorted(item) if isinstance(item, Mapping) else type(item).__name__
+        raise ValueError(
+            f'an item must be {{"image": …, "query": …}}, {{"image": …, "text": …}} or messages, got {got}'
+        )
+    return item["image"], item[given[0]], None
+
+
+def _image_sizes(outputs) -> list[tuple[int, int]]:
+    """Per row, width and height of its image."""
+    sizes = outputs["original_sizes"].tolist()
+    return [tuple(sizes[image][::-1]) for image in outputs["image_index"].tolist()]
 
 
 def _make_segments(found: dict) -> list[dict]:

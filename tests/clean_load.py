@@ -42,7 +42,24 @@ def answers(repo_id):
     pipe = pipeline("referring-segmentation", model=repo_id, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repo_id, trust_remote_code=True)
     rows = processor([IMAGE], [["the cup", "the tree"]], return_tensors="pt")["input_ids"].shape[0]
-    return {"answer": pipe(IMAGE, "the red cup", max_new_tokens=2)["answer"], "rows": rows}
+    result = pipe(IMAGE, "the red cup", max_new_tokens=2)
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    return {"answer": result["answer"], "rows": rows, "drawn": result.draw().size}
+
+
+def words(repo_id):
+    """What the pipeline for words writes in a second turn, of a conversation about an image."""
+    pipe = pipeline("image-text-to-text", model=repo_id, trust_remote_code=True)
+    assert type(pipe.model).__module__.startswith("transformers_modules.")
+    turns = [("user", [{"type": "image", "image": IMAGE}, {"type": "text", "text": "the red cup"}])]
+    turns += [
+        ("assistant", [{"type": "text", "text": "it is [SEG]."}]),
+        ("user", [{"type": "text", "text": "a tree"}]),
+    ]
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    said = pipe(text=conversation, max_new_tokens=2, return_full_text=False)[0]["generated_text"]
+    asked = pipeline("referring-segmentation", model=repo_id, trust_remote_code=True)(conversation, max_new_tokens=2)
+    return {"words": said.split(), "answer": asked["answer"].split()}
 
 
 def frozen(folder):

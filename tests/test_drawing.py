@@ -1,10 +1,11 @@
-"""Overlays and similarity maps: right pixels coloured, right sizes, whatever the image and the number of segments."""
+"""Overlays and maps: right pixels in right colours, right sizes, whatever the image and the number of segments."""
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from uground.processing.drawing import draw_overlay, draw_result, draw_similarity, segment_color
+from uground.processing import GroundingResult
+from uground.processing.drawing import HEAT, draw_map, draw_overlay, draw_result, draw_similarity, segment_color
 
 
 def segment(size, box, label="the cup", **fields):
@@ -13,21 +14,55 @@ def segment(size, box, label="the cup", **fields):
     return {"mask": mask, "label": label, "score": 0.5, "box": list(box), "layer": 3, **fields}
 
 
-def test_overlay_tints_the_mask_and_nothing_else():
+def test_objects_keep_their_colours_and_the_rest_is_dimmed():
+    pixels = np.random.default_rng(0).integers(40, 256, (400, 500, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    boxes = [(100, 200, 300, 380), (20, 60, 90, 160), (320, 300, 450, 390)]
+    drawn = np.asarray(draw_overlay(image, [segment(image.size, box) for box in boxes])).astype(int)
+    assert drawn.shape == pixels.shape
+    free = np.ones(pixels.shape[:2], dtype=bool)
+    # Away from the labels above them, and from the contours of others.
+    for left, top, right, bottom in boxes[1:]:
+        assert (drawn[top:bottom, left:right] == pixels[top:bottom, left:right]).all()
+    for left, top, right, bottom in boxes:
+        free[max(0, top - 40) : bottom + 5, max(0, left - 5) : right + 150] = False
+        assert (drawn[bottom, right - 2] == 255).all() and (drawn[bottom + 1, right - 2] != 255).any()
+    assert (drawn[free].max(-1) < pixels[free].max(-1)).all()
+    assert (drawn[free].sum(-1) < 0.6 * pixels[free].sum(-1)).all()
+
+
+def test_contours_have_the_colour_of_their_number():
     image = Image.new("RGB", (400, 400), (100, 100, 100))
-    drawn = np.asarray(draw_overlay(image, [segment(image.size, (100, 200, 300, 380))])).astype(int)
-    assert drawn.shape == (400, 400, 3)
-    tint = np.array(segment_color(0))
-    assert np.abs(drawn[300, 200] - (0.55 * 100 + 0.45 * tint)).max() <= 1
-    assert (drawn[100, 350] == 100).all() and (drawn[395, 50] == 100).all()
-    assert (drawn[300, 99] == tint).all() or (drawn[300, 100] == tint).all()
+    drawn = np.asarray(
+        draw_overlay(image, [segment(image.size, (100, 50, 300, 150)), segment(image.size, (9, 200, 60, 300))])
+    )
+    assert (drawn[152, 200] == segment_color(0)).all() and (drawn[302, 30] == segment_color(1)).all()
 
 
-def test_small_images_are_enlarged_and_large_ones_kept():
-    for size, expected in (((64, 32), (768, 384)), ((500, 900), (500, 900)), ((20, 20), (384, 384))):
+@pytest.mark.parametrize("segments", [[], [(0, 0, 0, 0)]])
+def test_without_anything_found_nothing_is_dimmed(segments):
+    image = Image.new("RGB", (400, 400), (10, 200, 30))
+    drawn = draw_overlay(image, [segment(image.size, box) for box in segments])
+    assert np.array_equal(np.asarray(drawn), np.asarray(image))
+
+
+def test_small_images_are_enlarged_and_large_ones_made_smaller():
+    for size, expected in (
+        ((64, 32), (768, 384)),
+        ((500, 900), (500, 900)),
+        ((20, 20), (384, 384)),
+        ((6000, 4000), (1024, 683)),
+        ((4000, 9), (1024, 2)),
+        ((3, 30), (102, 1024)),
+    ):
         image = Image.new("RGB", size)
         assert draw_overlay(image, []).size == expected
-        assert draw_similarity(image, np.zeros((2, 2))).size == expected
+        drawn = draw_similarity(image, np.zeros((2, 2)))
+        assert drawn.width == expected[0] and drawn.height > expected[1]
+    photo = Image.new("RGB", (6000, 4000))
+    found = [segment(photo.size, (0, 0, 900, 900), similarity_map=np.eye(3)) for _ in range(6)]
+    drawn = draw_result(photo, {"answer": "[SEG] " * 6, "segments": found})
+    assert drawn.width == 4 * 1024 + 3 * 8 and drawn.height < 3 * 1024
 
 
 def test_label_has_a_background_of_its_colour_inside_of_the_picture():
@@ -49,8 +84,29 @@ def test_similarity_is_brightest_where_it_is_highest():
     image = Image.new("RGB", (400, 400), (100, 100, 100))
     drawn = np.asarray(draw_similarity(image, np.array([[-5.0, 1.0], [0.0, 30.0]]))).astype(int)
     assert drawn[300, 300].sum() > drawn[100, 300].sum() > drawn[100, 100].sum()
-    constant = np.asarray(draw_similarity(image, np.full((2, 2), 7.0)))
+    constant = np.asarray(draw_similarity(image, np.full((2, 2), 7.0)))[:400]
     assert (constant == constant[0, 0]).all()
+
+
+def test_the_bar_goes_from_the_least_to_the_greatest_value():
+    drawn = np.asarray(draw_map(Image.new("RGB", (400, 400)), np.array([[-5.0, 30.0]]))).astype(int)
+    bar = drawn[400 + 15]
+    colored = np.flatnonzero(bar.max(-1) - bar.min(-1) > 30)
+    assert len(colored) > 250
+    assert np.abs(bar[colored[0]] - HEAT[0]).max() < 3 and np.abs(bar[colored[-1]] - HEAT[-1]).max() < 3
+    fixed = np.asarray(draw_map(Image.new("RGB", (400, 400)), np.full((2, 2), 0.2), bounds=(0.0, 0.2))).astype(int)
+    assert np.abs(fixed[200, 200] - 0.6 * HEAT[-1]).max() < 3
+
+
+def test_no_map_over_what_it_does_not_cover():
+    image = Image.new("RGB", (400, 400), (100, 100, 100))
+    values = np.array([[0.0, 1.0], [0.0, 1.0]])
+    drawn = np.asarray(draw_similarity(image, values, box=(100, 0, 300, 400))).astype(int)
+    assert (drawn[:400, :100] == 100).all() and (drawn[:400, 300:] == 100).all()
+    # Tokens that see padding too: their part of the image is drawn at its place, the rest nowhere.
+    drawn = np.asarray(draw_similarity(image, values, box=(0, 0, 600, 400))).astype(int)
+    assert (drawn[200, 299] == drawn[200, 0]).all() and (drawn[200, 301] == drawn[200, 399]).all()
+    assert (drawn[200, 299] != drawn[200, 301]).any()
 
 
 def test_result_puts_maps_beside_and_queries_below():
@@ -58,8 +114,45 @@ def test_result_puts_maps_beside_and_queries_below():
     with_map = segment(image.size, (10, 10, 60, 60), similarity_map=np.eye(3))
     one = draw_result(image, {"answer": "it is [SEG].", "segments": [with_map]})
     assert one.width == 384 * 2 + 8 and one.height > 384
-    both = draw_result(image, [{"answer": "it is [SEG].", "segments": [with_map]}, {"answer": "no", "segments": []}])
-    assert both.width == one.width and both.height == 2 * one.height + 8
+    other = {"answer": "no", "segments": []}
+    both = draw_result(image, [{"answer": "it is [SEG].", "segments": [with_map]}, other])
+    assert both.width == one.width and both.height == one.height + draw_result(image, other).height + 8
+    with pytest.raises(ValueError, match="there must be a result to draw, got none"):
+        draw_result(image, [])
+
+
+def written(monkeypatch, draw):
+    """Texts that a drawing writes."""
+    texts, original = [], ImageDraw.ImageDraw.text
+
+    def text(self, place, line, *args, **kwargs):
+        texts.append(line)
+        return original(self, place, line, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    draw()
+    return texts
+
+
+def test_query_names_and_layers_stand_in_the_picture(monkeypatch):
+    image = Image.new("RGB", (500, 400))
+    segments = [
+        segment(image.size, (10, 10, 60, 60), similarity_map=np.eye(3)),
+        segment(image.size, (0, 0, 0, 0), "the lid", uncertainty=np.zeros((400, 500)), agreement=0.75),
+    ]
+    result = GroundingResult("it is …", segments, query="a cup, a lid and a tree", absent=["the tree"], last_layer=6)
+    texts = written(monkeypatch, lambda: draw_result(image, result))
+    assert texts[:2] == ["1 the cup 0.50", "a cup, a lid and a tree"]
+    for line in ("it is …", "not found: the tree", "empty masks: 2 the lid", "similarity at layer 3 of 6", "0.25"):
+        assert line in texts
+    assert "variance of the mask over layers, agreement 0.75" in texts
+
+
+def test_long_queries_are_wrapped_and_not_cut(monkeypatch):
+    image, words = Image.new("RGB", (2000, 8)), [f"word{number}" for number in range(40)]
+    result = GroundingResult("no", [], query=" ".join(words))
+    texts = written(monkeypatch, lambda: draw_result(image, result))
+    assert " ".join(texts[:-1]).split() == words and len(texts) > 3
 
 
 def test_mask_of_another_size_is_refused():

@@ -357,6 +357,7 @@ def test_a_saved_config_says_where_the_code_is(folder):
     assert config["auto_map"] == {
         "AutoConfig": "configuration_uground.UGroundConfig",
         "AutoModel": "modeling_uground.UGroundForReferringSegmentation",
+        "AutoModelForImageTextToText": "modeling_uground.UGroundForReferringSegmentation",
     }
     assert config["custom_pipelines"] == {
         "referring-segmentation": {

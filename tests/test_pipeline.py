@@ -1,6 +1,8 @@
 """The pipeline: nesting, batching, arguments and refusals, on a tiny random model told what to write."""
 
+import base64
 import copy
+import json
 import pickle
 
 import datasets
@@ -294,8 +296,10 @@ def test_unusable_inputs_are_refused(pipe):
         pipe(text="a")
     with pytest.raises(ValueError, match="an item must be .* got ndarray"):
         pipe([image])
-    with pytest.raises(ValueError, match=r"an item must be .* got \['image', 'query'\]"):
-        pipe({"image": image, "query": "a"})
+    with pytest.raises(ValueError, match=r"an item must be .* got \['image', 'query', 'text'\]"):
+        pipe({"image": image, "query": "a", "text": "a"})
+    with pytest.raises(ValueError, match="of a stream of images one query can be asked, got list"):
+        pipe(iter([image]), ["a", "b"])
     with pytest.raises(ValueError, match="expected 2, got 1"):
         pipe([image, image], ["a"])
     with pytest.raises(ValueError, match="must not be empty"):
@@ -321,3 +325,109 @@ def test_saved_pipeline_loads_as_a_task(pipe, tmp_path):
     for options in ({}, {"processor": pipe.processor}):
         loaded = pipeline("referring-segmentation", model=str(tmp_path), trust_remote_code=True, device=-1, **options)
         assert_same(expected, ask(loaded, image, "the red cup"))
+
+
+def messages(image, *said, **part):
+    """A conversation about an image, of texts by turns."""
+    content = [{"type": "image", **({"image": image} if image is not None else part)}]
+    turns = [
+        {"role": "assistant" if turn % 2 else "user", "content": [{"type": "text", "text": text}]}
+        for turn, text in enumerate(said)
+    ]
+    return [{"role": "user", "content": content + turns[0]["content"]}, *turns[1:]]
+
+
+def test_one_query_of_many_images(pipe, tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.fromarray(gradient_image(30 + number, 50)).save(file)
+    expected = [ask(pipe, file, "the red cup") for file in files]
+    rows = [{"image": file, "query": "the red cup"} for file in files]
+    several = ask(pipe, [{"image": files[0], "query": ["the red cup", "a tree"]}])[0]
+    assert len(several) == 2
+    for found in (
+        ask(pipe, files, "the red cup", batch_size=2),
+        ask(pipe, rows, batch_size=2),
+        list(ask(pipe, iter(files), "the red cup", batch_size=2)),
+        list(ask(pipe, MapStyle(files), "the red cup")),
+        list(ask(pipe, Stream(files), "the red cup")),
+        ask(pipe, [np.asarray(Image.open(file)) for file in files], "the red cup"),
+    ):
+        assert len(found) == 3
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    assert pipe([], "the red cup") == []
+
+
+def test_conversations_are_answered(pipe, tmp_path):
+    image = Image.fromarray(gradient_image(30, 50))
+    image.save(tmp_path / "image.png")
+    path, uri = str(tmp_path / "image.png"), "data:image/png;base64,"
+    encoded = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    expected = ask(pipe, image, "the red cup")
+    for found in (
+        ask(pipe, messages(image, "the red cup")),
+        pipe(text=messages(image, "the red cup"), generate_kwargs=write(pipe.processor, ANSWER)),
+        ask(pipe, {"messages": messages(image, "the red cup")}),
+        ask(pipe, [messages(image, "the red cup"), messages(image, "a tree")], batch_size=2)[0],
+        next(ask(pipe, iter([messages(image, "the red cup")]))),
+        ask(pipe, messages(None, "the red cup", path=path)),
+        ask(pipe, messages(None, "the red cup", url=path)),
+        ask(pipe, messages(None, "the red cup", base64=encoded)),
+        ask(pipe, messages(uri + encoded, "the red cup")),
+        ask(pipe, messages(None, "the red cup", type="image_url", image_url={"url": uri + encoded})),
+    ):
+        assert_same(found, expected)
+        assert found.query == "the red cup" and found.size == (50, 30) and found.draw().size == expected.draw().size
+    turns = messages(image, "the red cup", "it is [SEG].", "a tree")
+    turns = [{"role": "system", "content": [{"type": "text", "text": "answer in few words"}]}, *turns]
+    seen, original = [], pipe.model.segment
+    pipe.model.segment = lambda **inputs: seen.append(inputs["input_ids"][0].tolist()) or original(**inputs)
+    try:
+        found = ask(pipe, turns, answer="a tree is [SEG] .")
+    finally:
+        del pipe.model.segment
+    assert found.query == "a tree" and [one["label"] for one in found["segments"]] == ["a tree"]
+    read = pipe.processor.apply_chat_template(turns, tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert seen[0] == np.asarray(read["input_ids"])[0].tolist()
+
+
+def test_conversations_of_no_use_are_refused(pipe):
+    image = Image.fromarray(gradient_image(30, 50))
+    for given, message in (
+        ([{"role": "user", "content": "hello"}], "a conversation must be about one image, got 0"),
+        (messages(image, "a tree") + messages(image, "a cup"), "a conversation must be about one image, got 2"),
+        (
+            messages(image, "a tree", "no"),
+            "the last message of a conversation must be the user's, got role 'assistant'",
+        ),
+        (messages(image, " "), "the last message of a conversation must ask something, got no text"),
+        (messages(image, "a", "b", "c")[:1] + [{"role": "user", "content": 3}], "the content of a message must be"),
+        (messages(None, "a tree", type="video", video="a"), 'a part of a message must be {"type": "text"'),
+        (messages(None, "a tree"), "must stand under one of image, url, path, base64, image_url, got "),
+        (messages("nowhere.png", "a tree"), "the image 'nowhere.png' does not exist"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            pipe(given)
+
+
+def test_what_layers_disagree_about_is_in_image_pixels(pipe):
+    image = Image.fromarray(gradient_image(30, 50))
+    result = ask(pipe, image, "a tree", layer_selection="mc", num_layer_samples=8)
+    for segment in result["segments"]:
+        assert segment["uncertainty"].shape == (30, 50) and segment["uncertainty"].dtype == np.float32
+        assert 0 <= segment["uncertainty"].min() <= segment["uncertainty"].max() <= 0.25
+        assert type(segment["agreement"]) is float and 0 <= segment["agreement"] <= 1
+    assert max(segment["uncertainty"].max() for segment in result["segments"]) > 0
+    back = type(result).from_dict(json.loads(json.dumps(result.to_dict())))
+    assert back == result and back.query == "a tree" and back.last_layer == 4
+    assert result.draw().width == 3 * 640 + 2 * 8
+    assert "uncertainty" not in ask(pipe, image, "a tree")["segments"][0]
+
+
+def test_a_result_knows_what_is_absent(pipe):
+    image = Image.fromarray(gradient_image(30, 50))
+    found = ask(pipe, image, "a cup, a boat", answer="the cup is [SEG] and a boat is [REJ] .")
+    assert found.absent == ("a boat",) and len(found["segments"]) == 1
+    assert ask(pipe, image, "a tree", answer="[REJ]").absent == ("a tree",)
+    assert ask(pipe, image, "a tree", answer="the cup").absent == ()

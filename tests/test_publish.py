@@ -374,6 +374,7 @@ def clean(source, tmp_path_factory):
             ["pieces", "masks", {"repo_id": "someone/pieces"}],
             ["pipe", "masks", {"repo_id": "someone/pipe"}],
             *([f"answers {name}", "answers", {"repo_id": f"someone/{name}"}] for name in ("base", "pieces", "pipe")),
+            ["words", "words", {"repo_id": "someone/pieces"}],
             ["adapted", "adapted", {"repo_id": "someone/lora", "base": BASE}],
             ["frozen", "frozen", {"folder": str(RELEASES / "0.1.0")}],
             ["resaved hub", "resaved", {"repo_id": "someone/pieces"}],
@@ -429,7 +430,12 @@ def test_adapter_loads_without_uground(clean):
 def test_processor_and_pipeline_load_without_uground(name, clean):
     result = clean["results"][f"answers {name}"]
     assert result["rows"] == 2
-    assert isinstance(result["answer"], str)
+    assert isinstance(result["answer"], str) and result["drawn"][0] >= 384
+
+
+def test_words_are_written_without_uground(clean):
+    said = clean["results"]["words"]
+    assert "error" not in said and said["words"] == said["answer"] and len(said["words"]) > 0
 
 
 def test_older_release_loads_without_uground(clean):

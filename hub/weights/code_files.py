@@ -25,6 +25,7 @@ ENTRY_FILES = (
 AUTO_MAP = {
     "AutoConfig": "configuration_uground.UGroundConfig",
     "AutoModel": "modeling_uground.UGroundForReferringSegmentation",
+    "AutoModelForImageTextToText": "modeling_uground.UGroundForReferringSegmentation",
     "AutoProcessor": "processing_uground.UGroundProcessor",
 }
 
