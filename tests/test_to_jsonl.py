@@ -168,6 +168,18 @@ def test_lvis_says_itself_what_is_absent(folder):
     assert set(lines) == {"a.png cup", "a.png dog"} and lines["a.png dog"]["masks"] == []
 
 
+def test_what_is_there_under_another_name_is_not_denied(folder):
+    content = coco([{"image_id": 1, "category_id": 2, "segmentation": [box_polygon(1, 1, 6, 6)]}])
+    names = ("things", "cup", "Cup", "Background", "dog")
+    content["categories"] = [
+        {"id": number, "name": name, "supercategory": "none" if name == "things" else "things"}
+        for number, name in enumerate(names, start=1)
+    ]
+    save_json(folder / "c.json", content)
+    lines, _ = convert("coco", folder / "c.json", folder / "mine.jsonl", negatives=5)
+    assert set(lines) == {"a.png cup", "a.png dog"}
+
+
 def test_a_folder_keeps_its_splits(tmp_path):
     for split in ("train", "valid"):
         save_image(tmp_path / split / "a.png")

@@ -71,6 +71,17 @@ def group_by_image(examples: list[dict]) -> tuple[list, list[list[int]]]:
     return [examples[numbers[0]]["image"] for numbers in groups.values()], list(groups.values())
 
 
+def _asked(processor, example: dict, system_prompt: str | None) -> str:
+    """The query, or a whole prompt where earlier turns or other words stand before it."""
+    if example.get("history"):
+        return processor.render_prompt(
+            [(turn["query"], turn["answer"]) for turn in example["history"]], example["query"]
+        )
+    return (
+        example["query"] if system_prompt is None else with_system_prompt(processor, example["query"], system_prompt)
+    )
+
+
 @torch.no_grad()
 def predict(
     model: PreTrainedModel,
@@ -129,17 +140,6 @@ def predict(
             found[number] = _prediction(processor, examples[number], result, flags, forced and forced[number])
         predictions[layer] = found
     return predictions
-
-
-def _asked(processor, example: dict, system_prompt: str | None) -> str:
-    """The query, or a whole prompt where earlier turns or other words stand before it."""
-    if example.get("history"):
-        return processor.render_prompt(
-            [(turn["query"], turn["answer"]) for turn in example["history"]], example["query"]
-        )
-    return (
-        example["query"] if system_prompt is None else with_system_prompt(processor, example["query"], system_prompt)
-    )
 
 
 def _prediction(processor, example: dict, result: dict, rejected: list[bool], forced: str | None) -> Prediction:

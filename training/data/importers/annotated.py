@@ -28,6 +28,8 @@ TAKEN, LEFT_OUT, NOTED = "taken", "left out", "note"
 # Folders and the first words of files that name a split, as COCO, YOLO, VOC and Roboflow write them.
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "minival", "trainval")
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".ppm", ".mpo")
+# What tools call that which is no object.
+BACKGROUND_NAMES = ("background", "_background_", "__background__")
 NO_AREA = "a mask without a pixel"
 ONLY_A_BOX = "a box without a mask (--boxes take fills it)"
 DRAWN_BOX = "a box, filled as if it were a mask (--boxes leave leaves it out)"

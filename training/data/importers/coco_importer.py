@@ -57,10 +57,12 @@ def _entries(content: Record, path: Path, reading: Reading) -> Iterator[Entry]:
                 raise ValueError(f"{path} lists the id {shown(record.key('id'))} twice among its {kind}")
             seen.add(record.key("id"))
     images = content.keyed_records("images", "image")
-    names = {
-        key: category.filled_text("name") for key, category in content.keyed_records("categories", "category").items()
-    }
-    reading.names.update(dict.fromkeys(names.values()))
+    categories = content.keyed_records("categories", "category")
+    names = {key: category.filled_text("name") for key, category in categories.items()}
+    # Exports of Roboflow list the name of them all as a category too; it is absent from no picture.
+    above = [one.optional_text("supercategory") for one in categories.values()]
+    above = {name for name, own in zip(above, names.values(), strict=True) if name != own}
+    reading.names.update(dict.fromkeys(name for name in names.values() if name not in above))
     grouped: dict[int | str, list[Record]] = {key: [] for key in images}
     for annotation in content.records("annotations", "annotation"):
         if "id" in annotation:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from uground.training.data.importers.annotated import AnnotatedPicture, Tally
+from uground.training.data.importers.annotated import BACKGROUND_NAMES, AnnotatedPicture, Tally
 from uground.training.data.masks import decode_mask, encode_mask, is_empty, union_mask
 
 UNION, LIST, EACH = "union", "list", "each"
@@ -86,7 +86,9 @@ class Composer:
         """Lines about names of the data set that the pictures lack, once all of them were seen."""
         for path, found in self._seen.items() if self.negatives else ():
             known = names if found.absent is None else found.absent
-            lacking = sorted(set(known) - found.present)
+            # "Cup" and "cup" are one name, and no picture is without its background.
+            unasked = {name.casefold() for name in (*found.present, *BACKGROUND_NAMES)}
+            lacking = sorted(name for name in set(known) if name.casefold() not in unasked)
             rng = random.Random(f"{self.seed} {path}")
             chosen = rng.sample(lacking, min(self.negatives, len(lacking)))
             if len(chosen) < self.negatives:

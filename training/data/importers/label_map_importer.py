@@ -8,7 +8,15 @@ import numpy as np
 
 from uground.processing.image_reading import opened_picture
 from uground.processing.text_lines import read_lines
-from uground.training.data.importers.annotated import AnnotatedPicture, Canvas, Entry, Picture, Reading, key_of
+from uground.training.data.importers.annotated import (
+    BACKGROUND_NAMES,
+    AnnotatedPicture,
+    Canvas,
+    Entry,
+    Picture,
+    Reading,
+    key_of,
+)
 from uground.training.data.importers.name_lists import read_names
 
 # labelme's export has both names, with pictures in the second.
@@ -16,7 +24,6 @@ CLASSES, OBJECTS = (tuple(f"Segmentation{kind}{end}" for end in ("", "PNG")) for
 LISTS, PICTURES = "ImageSets/Segmentation", "JPEGImages"
 NAME_FILES = ("labelmap.txt", "class_names.txt", "classes.txt")
 SPLITS = ("train", "val", "test")
-BACKGROUND_NAMES = ("background", "_background_", "__background__")
 IGNORED_NAMES = ("__ignore__", "ignore", "void")
 # VOC's number and colour for what belongs to no class for certain.
 VOID, VOID_COLOUR, BLACK = 255, (224, 224, 192), (0, 0, 0)
