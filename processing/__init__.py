@@ -11,10 +11,9 @@ from .image_reading import read_image
 from .pipeline_uground import ReferringSegmentationPipeline
 from .post_processing import masks_to_boxes, post_process_masks, segment_scores
 from .processing_uground import UGroundProcessor
-from .rejection import REJECT_THRESHOLD, is_rejected, map_peak
+from .rejection import is_rejected, map_peak
 
 __all__ = [
-    "REJECT_THRESHOLD",
     "ReferringSegmentationPipeline",
     "UGroundProcessor",
     "crop_image_processor",
