@@ -1,7 +1,8 @@
 """A CLIP tower that learns to tell kind, colour, texture and size of what Scenes show, by patch and by object.
 
-Some colours of each kind are never drawn in training. So that a kind is told by its shape, half of the scenes are
-shown in other colours than they were drawn in, and are not asked for colours.
+Some colours of each kind are never drawn in training, and a tower that sees them only as they are drawn learns which
+kinds a colour excludes. So that a kind is told by its shape, most scenes are shown in other colours than they were
+drawn in: these are asked for kinds, the others for colours, all for textures and sizes.
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ COLOUR = [*PROPERTIES].index("colour")
 # Of a patch, what an object must cover to be what the patch shows, and what it may cover of background.
 MOST, LEAST = 0.25, 0.02
 SEEN_PATCHES = 0.25  # patches that an object must fill to be asked for
-RECOLOURED = 0.5  # share of the scenes in training
+RECOLOURED = 0.6  # share of the scenes in training
 GREY, NEGATIVE = 0.2, 0.3  # shares of those without colours, and with light and dark exchanged
 GAIN = (0.5, 1.0)
 
@@ -103,13 +104,11 @@ class VisionStage(nn.Module):
         for number, name in enumerate(PROPERTIES):
             labels = properties[..., number].gather(1, thing) + 1
             labels = torch.where(most > MOST, labels, torch.where(most > LEAST, -100, 0))
-            asked = torch.ones_like(seen)
-            if name == "colour":
-                asked = asked & ~changed[:, None]
-                labels = torch.where(changed[:, None], -100, labels)
+            unasked = {"colour": changed, "kind": ~changed & self.training}.get(name, torch.zeros_like(changed))
+            labels = torch.where(unasked[:, None], -100, labels)
             loss = loss + F.cross_entropy(self.patch_heads[name](states).flatten(0, 1), labels.flatten())
             logits, classes = self.object_heads[name](objects), properties[..., number][seen]
-            asked = asked[seen]
+            asked = (~unasked[:, None]).expand_as(seen)[seen]
             loss = loss + F.cross_entropy(logits[asked], classes[asked])
             told = logits.argmax(-1) == classes
             figures[name] = told[asked].float().mean().item()
