@@ -47,16 +47,9 @@ style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The bundled checkpoint from nothing: SAM and vision tower, an untrained model of them, then fine-tuning.
+# The bundled checkpoint from nothing, in runs/tiny/checkpoint. May be killed and given again: it goes on where it was.
 tiny-checkpoint: $(READY)
-	$(BIN)/python -m uground.training.scenes.pretrain sam --output runs/tiny/sam --steps 1600 --batch-size 16
-	$(BIN)/python -m uground.training.scenes.pretrain vision --output runs/tiny/vision --steps 2000 --batch-size 32
-	$(BIN)/python -m uground.training.scenes.tiny_model --sam runs/tiny/sam --vision runs/tiny/vision --output runs/tiny/start
-	$(BIN)/python -m uground.training.finetune --config recipes/tiny.yaml
-	$(BIN)/python -m uground.training.finetune --config recipes/tiny-joint.yaml
-	$(BIN)/python -m uground.training.finetune --config recipes/tiny-presence.yaml
-	$(BIN)/python -m uground.hub.closure runs/tiny/finetuned --from-nothing --dataset scenes --license apache-2.0 \
-		--recipe recipes/tiny-presence.yaml
+	$(BIN)/python -m uground.training.scenes.make_tiny --runs runs/tiny
 
 $(USABLE) $(READY): setup.py pyproject.toml constraints.txt
 $(FLOOR)/.ready: setup.py pyproject.toml constraints-floor.txt

@@ -292,7 +292,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("threshold", "reject_threshold"):
         value = getattr(args, name)
-        if not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {value}")
     selection = args.layer_selection
     if selection is not None and selection not in LAYER_RULES and not selection.isdecimal():
@@ -312,8 +312,11 @@ def _settings(args: argparse.Namespace, source: ImageSource, queries: list[list[
         "dtype",
     )
     asked = json.dumps([source.ids, queries]).encode()
+    given = {name: getattr(args, name) for name in names}
+    if args.reject_threshold is None:
+        del given["reject_threshold"]  # the checkpoint's, which `model` tells
     return {
-        **{name: getattr(args, name) for name in names},
+        **given,
         "model": args.model or "uground-tiny",
         "images_and_queries": hashlib.sha256(asked).hexdigest(),
     }
@@ -371,7 +374,7 @@ def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
         max_rows=args.max_rows,
         layer_selection=selection,
         threshold=args.threshold,
-        reject_threshold=args.reject_threshold,
+        **({} if args.reject_threshold is None else {"reject_threshold": args.reject_threshold}),
     )
 
 
@@ -397,7 +400,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")
     parser.add_argument("--threshold", type=float, default=0.0, help="leave out segments with a lower score in 0..1")
     parser.add_argument(
-        "--reject-threshold", type=float, default=0.0, help="a query whose maps are all weaker, in 0..1, gets nothing"
+        "--reject-threshold",
+        type=float,
+        help="a query whose maps are all weaker, in 0..1, gets nothing (default: as the checkpoint says)",
     )
     parser.add_argument("--layer-selection", help="argmax, last, sample, mc or a number (default: the model's)")
     parser.add_argument(

@@ -111,6 +111,9 @@ class UGroundConfig(PreTrainedConfig):
             dot / sqrt(D) plus a learned bias per layer, a true logit.
         embedding_layer (`str`, defaults to `"selected"`):
             Layer whose segment state is projected: the selected one (official mode 3) or the last (mode 2).
+        reject_threshold (`float`, defaults to 0.0):
+            Peak of a similarity map, as a probability, below which it says that nothing is there; 0 leaves that to
+            the reject token. Needs `similarity_scaling="scaled"`. `benchmarks/rejection.py` measures it.
         num_segment_tokens (`int`, defaults to 1):
             Ids that one segment stands for inside of the model, K. In text it is one `[SEG]`.
         initializer_range (`float`, defaults to 0.02):
@@ -147,6 +150,7 @@ class UGroundConfig(PreTrainedConfig):
     num_layer_samples: int = 8
     similarity_scaling: str = "scaled"
     embedding_layer: str = "selected"
+    reject_threshold: float | int = 0.0
     num_segment_tokens: int = 1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -204,6 +208,7 @@ class UGroundConfig(PreTrainedConfig):
         if self.mask_head:
             MASK_HEADS[self.mask_head].frame_of(self.sam_config)
         self._check_points()
+        self._check_rejection()
         self.check_token_ids()
 
     def _check_points(self) -> None:
@@ -220,6 +225,16 @@ class UGroundConfig(PreTrainedConfig):
         if rows % self.point_downsample or columns % self.point_downsample:
             raise ValueError(
                 f"point_downsample must divide the {rows} x {columns} token grid, got {self.point_downsample}"
+            )
+
+    def _check_rejection(self) -> None:
+        given = self.reject_threshold
+        if type(given) not in (int, float) or not 0.0 <= given <= 1.0:
+            raise ValueError(f"reject_threshold must be a number within 0..1, got {given!r}")
+        if given and self.similarity_scaling != "scaled":
+            raise ValueError(
+                f"reject_threshold needs similarity_scaling 'scaled', whose maps have a strength, got {given} with "
+                f"{self.similarity_scaling!r}"
             )
 
     def check_token_ids(self) -> None:

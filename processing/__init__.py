@@ -12,11 +12,10 @@ from .mask_rle import decode_mask, encode_mask
 from .pipeline_uground import ReferringSegmentationPipeline
 from .post_processing import masks_to_boxes, post_process_masks, segment_scores
 from .processing_uground import UGroundProcessor
-from .rejection import REJECT_THRESHOLD, is_rejected, map_peak
+from .rejection import is_rejected, map_peak
 from .results import FoundSegment, GroundingResult
 
 __all__ = [
-    "REJECT_THRESHOLD",
     "FoundSegment",
     "GroundingResult",
     "ReferringSegmentationPipeline",

@@ -20,7 +20,7 @@ from .conversation import is_conversation, read_conversation
 from .image_processors import seen_box
 from .prompt_format import EARLIER_FRAME, check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
-from .rejection import is_rejected, map_peak
+from .rejection import is_rejected, map_peak, valid_maps
 from .results import GroundingResult
 
 logger = logging.get_logger(__name__)
@@ -92,9 +92,9 @@ class ReferringSegmentationPipeline(Pipeline):
             generate_kwargs (`dict`): anything else `model.segment` should generate with.
             threshold (`float`, defaults to 0): segments with a lower score are left out.
             mask_threshold (`float`, defaults to 0): logit above which a pixel is mask.
-            reject_threshold (`float`, defaults to 0): a query whose similarity maps all have a lower peak, in 0..1,
-                is taken to ask for what is not there, and gets no segments; `rejection.REJECT_THRESHOLD` is the value
-                for the bundled checkpoint. Needs a model with `similarity_scaling="scaled"`.
+            reject_threshold (`float`): a query whose similarity maps all have a lower peak, in 0..1, is taken to ask
+                for what is not there, and gets no segments; by default as the checkpoint's config says, where 0 leaves
+                that to the reject token. Needs a model with `similarity_scaling="scaled"`.
             return_similarity (`bool`): adds `"similarity_map"` to every segment, a float32 array with one value per
                 image token that sees image, rows first; and `"similarity_box"` where these see a part of the image
                 only, as of a model that is shown a centre crop: x0, y0, x1, y1 in pixels.
@@ -191,11 +191,14 @@ class ReferringSegmentationPipeline(Pipeline):
         model_outputs: dict,
         threshold: float = 0.0,
         mask_threshold: float = 0.0,
-        reject_threshold: float | None = 0.0,
+        reject_threshold: float | None = None,
         return_similarity: bool = False,
     ) -> list[dict | list[dict]]:
         """Results of every item of a batch, nested as the items were."""
         queries = self._plain_queries(model_outputs["queries"])
+        if reject_threshold is None:
+            # Configs of release 0.1.0 do not have it.
+            reject_threshold = getattr(self.model.config, "reject_threshold", 0.0)
         if reject_threshold and self.model.config.similarity_scaling != "scaled":
             raise ValueError(
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
@@ -318,12 +321,7 @@ class ReferringSegmentationPipeline(Pipeline):
 
     def _similarity_maps(self, outputs) -> list[list]:
         """Per row, the similarity maps of its segments, without the tokens that see padding only."""
-        maps: list[list] = [[] for _ in range(len(outputs["sequences"]))]
-        for row, similarity_map in zip(outputs["segment_row"].tolist(), outputs["similarity_map"], strict=True):
-            valid = outputs["valid_sizes"][outputs["image_index"][row]]
-            rows, columns = (-(-side // self.processor.patch_size) for side in valid.tolist())
-            maps[row].append(similarity_map[:rows, :columns].float().numpy())
-        return maps
+        return valid_maps(outputs, self.processor.patch_size)
 
     def _uncertainties(self, outputs) -> list[list[dict]]:
         """Per row, of each segment what layers disagree about, in image pixels; nothing unless several were drawn."""

@@ -1,14 +1,29 @@
 """Whether an answer means "not there": the model says so, or every map it made is weak."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-# The peak below which a similarity map counts as weak: `benchmarks/rejection.py` chooses it on validation scenes so
-# that it costs at most 2 % of the answerable queries, and docs/speed.md has what it brings on test scenes. It belongs
-# to the bundled checkpoint; measure it anew for another model.
-REJECT_THRESHOLD = 0.985
+
+def valid_maps(outputs: Mapping[str, Any], patch_size: int) -> list[list[np.ndarray]]:
+    """
+    Similarity maps without the image tokens that see padding only.
+
+    Args:
+        outputs: of `model.segment` or `model.read_masks`, for B rows.
+        patch_size: pixels of an image token.
+
+    Returns:
+        Of each of the B rows, the maps `(h, w)` of its segments, in order.
+    """
+    maps = [[] for _ in range(len(outputs["sequences"]))]
+    for row, similarity_map in zip(outputs["segment_row"].tolist(), outputs["similarity_map"], strict=True):
+        valid = outputs["valid_sizes"][outputs["image_index"][row]]
+        rows, columns = (-(-side // patch_size) for side in valid.tolist())
+        maps[row].append(similarity_map[:rows, :columns].float().cpu().numpy())
+    return maps
 
 
 def map_peak(similarity_map: np.ndarray) -> float:
@@ -25,7 +40,7 @@ def map_peak(similarity_map: np.ndarray) -> float:
 
 
 def is_rejected(
-    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float | None = REJECT_THRESHOLD
+    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float | None = 0.0
 ) -> bool:
     """
     The rejection rule.
@@ -34,7 +49,8 @@ def is_rejected(
         answer: what was written, special tokens included.
         peaks: of the similarity maps of its segments, see [`map_peak`].
         reject_token: the token that says "not there".
-        threshold: a map with a lower peak is weak; 0 leaves the token alone to decide.
+        threshold: a map with a lower peak is weak, `reject_threshold` of the checkpoint's config; 0 leaves the token
+            alone to decide.
 
     Returns:
         `True` if the answer holds the reject token and no segment, or segments whose maps are all weak. An answer in
@@ -43,4 +59,4 @@ def is_rejected(
     return max(peaks) < threshold if len(peaks) else reject_token in answer
 
 
-__all__ = ["REJECT_THRESHOLD", "is_rejected", "map_peak"]
+__all__ = ["is_rejected", "map_peak", "valid_maps"]

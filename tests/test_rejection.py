@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
 
+from uground.modeling_uground import UGroundConfig
 from uground.processing import ReferringSegmentationPipeline
-from uground.processing.rejection import REJECT_THRESHOLD, is_rejected, map_peak
+from uground.processing.rejection import is_rejected, map_peak
+from uground.training.evaluation.predictions import predict
 
 CASES = {
     "the token": ("[REJ].", [], 0.5, True),
@@ -30,7 +33,6 @@ def test_the_rule(answer, peaks, threshold, expected):
 
 def test_the_token_may_have_another_name():
     assert is_rejected("<none>", [], "<none>") and not is_rejected("[REJ]", [], "<none>")
-    assert 0 < REJECT_THRESHOLD < 1
 
 
 def test_a_pipeline_leaves_out_weak_queries_only():
@@ -48,6 +50,9 @@ def test_a_pipeline_leaves_out_weak_queries_only():
     # Between the two one map is strong, so both segments stay.
     assert len(ask(reject_threshold=(low + high) / 2)["segments"]) == 2
     assert ask(reject_threshold=(high + 1) / 2) == {"answer": found["answer"], "segments": []}
+    pipe.model.config.reject_threshold = (high + 1) / 2
+    assert ask()["segments"] == [] and len(ask(reject_threshold=0.0)["segments"]) == 2
+    pipe.model.config.reject_threshold = 0.0
     pipe.model.config.similarity_scaling = "minmax"
     with pytest.raises(ValueError, match="reject_threshold needs a model with similarity_scaling='scaled'.*'minmax'"):
         ask(reject_threshold=0.5)
@@ -57,3 +62,27 @@ def test_the_peak_is_the_probability_of_the_surest_token():
     assert map_peak(np.array([[-3.0, 0.0], [-1.0, -2.0]])) == 0.5
     assert map_peak(np.array([[2.0, 0.0]])) == pytest.approx(0.8807970779)
     assert map_peak(np.array([[1e6]])) == pytest.approx(1) and map_peak(np.array([[-1e6]])) == pytest.approx(0)
+
+
+def test_the_threshold_is_the_checkpoints(tmp_path):
+    assert UGroundConfig().reject_threshold == 0.0
+    UGroundConfig(reject_threshold=0.9).save_pretrained(tmp_path)
+    assert UGroundConfig.from_pretrained(tmp_path).reject_threshold == 0.9
+    for wrong in (1.5, -0.1, "high", True):
+        with pytest.raises((ValueError, TypeError), match="reject_threshold"):
+            UGroundConfig(reject_threshold=wrong)
+    with pytest.raises(ValueError, match="reject_threshold needs similarity_scaling 'scaled'.*'minmax'"):
+        UGroundConfig(reject_threshold=0.5, similarity_scaling="minmax")
+
+
+def test_evaluation_rejects_by_the_checkpoints_threshold(monkeypatch):
+    model, processor = tiny_model(3), tiny_processor()
+    image = Image.fromarray(gradient_image(30, 50))
+    written, script = model.write_answers, write(processor, "it is [SEG] .")
+    monkeypatch.setattr(model, "write_answers", lambda *inputs, max_new_tokens: written(*inputs, **script))
+    example = {"id": "a", "image": image, "query": "fish", "answer": "it is [SEG] .", "masks": [], "attribute": "res"}
+    kept = predict(model, processor, [example], ["last"])["last"][0]
+    model.config.reject_threshold = 1.0
+    weak = predict(model, processor, [example], ["last"])["last"][0]
+    assert kept.rejected == [False] and weak.rejected == [True]
+    assert (kept.masks == weak.masks).all()

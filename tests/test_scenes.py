@@ -169,6 +169,33 @@ def test_the_form_of_a_phrase_does_not_tell_whether_it_means_anything():
     assert all(abs(absent[form] / asked[form] - whole) < 0.12 for form in common), (whole, asked, absent)
 
 
+def test_minimal_pairs_differ_in_one_thing_and_only_one_of_them_means_anything():
+    forms, words, pairs = Counter(), Counter(), 0
+    for index in range(150):
+        drawn, asked = scene_queries("train", 23, index, 5, pairs=2)
+        assert len({query.text for query in asked}) == 5
+        assert scene_queries("train", 23, index, 4, pairs=2)[1] == asked[:4]
+        assert scene_queries("train", 23, index, 1, pairs=2)[1] == scene_queries("train", 23, index)[1]
+        for first, second in (asked[:2], asked[2:4]):
+            there, absent = sorted((first, second), key=lambda query: not query.phrases[0].targets)
+            if there.phrases[0].plural != absent.phrases[0].plural or bool(absent.phrases[0].targets):
+                continue  # this scene had no more pairs
+            pairs += 1
+            forms[first is there] += 1
+            meant = [riddle_reading(query.phrases[0].text, drawn.objects) for query in (there, absent)]
+            if None not in meant:
+                assert meant == [set(there.phrases[0].targets), set()]
+                continue
+            ours, others = there.text.split(), absent.text.split()
+            changed = [pair for pair in zip(ours, others, strict=True) if pair[0] != pair[1]]
+            assert len(changed) == 1, (there.text, absent.text)
+            read = meant_by(absent.phrases[0].text, drawn.objects)
+            assert read in (None, set())
+            words[changed[0][1].strip("?.,") in {*KINDS, *PLURALS.values()}] += 1
+    assert pairs > 290 and min(forms.values()) > 0.4 * pairs  # and neither place tells
+    assert words[True] > words[False] > 40
+
+
 def block(kind, colour, x0, y0, x1, y1, size="small"):
     mask = np.zeros((200, 200), bool)
     mask[y0:y1, x0:x1] = True

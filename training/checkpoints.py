@@ -36,6 +36,8 @@ def run_record(args: UGroundTrainingConfig, extra: dict | None = None) -> dict:
     if not is_constant or 0 < args.warmup_steps < 1:
         names += LENGTH_SETTINGS
     record = {name: getattr(args, name) for name in names}
+    if args.muon:
+        record["muon"] = True  # records of runs without it may not know it
     record["batch size of a step"] = (
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     )

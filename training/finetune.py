@@ -81,6 +81,9 @@ class FinetuneArguments:
     scene_count: int = field(default=10000, metadata={"help": "number of training scenes"})
     scene_seed: int = field(default=0, metadata={"help": "seed of the training scenes"})
     queries_per_scene: int = field(default=3, metadata={"help": "queries about each scene"})
+    pairs_per_scene: int = field(
+        default=0, metadata={"help": "of these, pairs that differ in one word, which makes one of them absent"}
+    )
     attribute_weights: dict[str, float] | None = field(
         default=None, metadata={"help": "how often each attribute is asked, such as {res: 0.3, fp_res: 0.2}"}
     )
@@ -106,8 +109,10 @@ def open_source(name: str, arguments: FinetuneArguments, split: str = "train") -
     """
     if name == SCENES:
         count = arguments.scene_count if split == "train" else arguments.eval_scene_count
-        settings = (arguments.scene_seed, arguments.queries_per_scene, arguments.attribute_weights)
-        return scene_dataset(split, count, *settings), {"scenes": split, "count": count, "settings": list(settings)}
+        settings = [arguments.scene_seed, arguments.queries_per_scene, arguments.attribute_weights]
+        # Only where there are some: records of earlier runs know of none.
+        settings += [arguments.pairs_per_scene] if arguments.pairs_per_scene else []
+        return scene_dataset(split, count, *settings), {"scenes": split, "count": count, "settings": settings}
     if file := named_file(name):
         path, named_split = file
         source = JsonlSource(path, named_split or split)

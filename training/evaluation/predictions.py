@@ -4,6 +4,9 @@
 - `teacher-forced`: the answer wanted stands in the prompt with a segment token in every place, absent targets
   included; each place has a mask, and is *rejected* where the reject token was likelier there.
 
+A written answer is rejected too, with all its segments, where the checkpoint's `reject_threshold` finds its maps
+weak.
+
 In both the language model runs once, however many choices of layer masks are read at.
 """
 
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel
 
 from uground.modeling_uground.generation_uground import WrittenAnswers
 from uground.processing import UGroundProcessor
+from uground.processing.rejection import is_rejected, map_peak, valid_maps
 from uground.training.data.masks import decode_mask
 from uground.training.data.wording import SEGMENT
 from uground.training.evaluation.prompts import with_system_prompt
@@ -32,7 +36,7 @@ class Prediction:
     Attributes:
         answer: what was written, or forced.
         masks (`(n, H, W)`, bool), scores (`(n,)`), boxes (`(n, 4)`), labels, layers (`(n,)`): of its segments.
-        rejected: of each segment, whether the reject token was likelier.
+        rejected: of each segment, whether the reject token was likelier, or its answer is rejected.
         targets (`(m, H, W)`, bool): the masks to compare with, in order; empty ones stand where nothing is.
     """
 
@@ -135,11 +139,20 @@ def predict(
         outputs = model.read_masks(answers, layer)
         results = processor.post_process_instance_segmentation(outputs, queries=flat_queries)
         found: list[Prediction | None] = [None] * len(examples)
+        maps = valid_maps(outputs, processor.patch_size)
         for row, (number, result) in enumerate(zip(order, results, strict=True)):
             flags = rejected[(answers.segments.row == row).cpu()].tolist()
+            if style == "generate" and _is_weak(model, processor, result["answer"], maps[row]):
+                flags = [True] * len(flags)
             found[number] = _prediction(processor, examples[number], result, flags, forced and forced[number])
         predictions[layer] = found
     return predictions
+
+
+def _is_weak(model, processor, answer: str, maps: list[np.ndarray]) -> bool:
+    """Whether the checkpoint's own threshold rejects an answer."""
+    threshold = model.config.reject_threshold
+    return threshold > 0 and is_rejected(answer, list(map(map_peak, maps)), processor.reject_token, threshold)
 
 
 def _prediction(processor, example: dict, result: dict, rejected: list[bool], forced: str | None) -> Prediction:

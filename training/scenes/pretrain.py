@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -160,9 +161,10 @@ class Pretraining:
         sums: dict[str, float] = {}
         size = 50
         for first in range(0, len(unseen), size):
-            _, figures = self.stage(unseen.read(torch.arange(first, first + size).numpy()))
+            numbers = np.arange(first, min(first + size, len(unseen)))
+            _, figures = self.stage(unseen.read(numbers))
             for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + value * size / len(unseen)
+                sums[name] = sums.get(name, 0.0) + value * len(numbers) / len(unseen)
         self.stage.train()
         return {name: round(value, 4) for name, value in sums.items()}
 

@@ -1,7 +1,8 @@
 """The grammar of Scenes: which sentences may be asked about a scene, and which objects each of them means.
 
 Every phrase is built together with its meaning and kept only if that meaning, evaluated on the scene's objects, is
-exact: a referring phrase matches one object, an absent one none. A "shape" is a geometric kind (`GEOMETRIC`), a
+exact: a referring phrase matches one object, an absent one none. A *minimal pair* is a query about what is there and
+the same query with one word exchanged, so that nothing is meant. A "shape" is a geometric kind (`GEOMETRIC`), a
 "thing" is any object.
 """
 
@@ -31,6 +32,11 @@ ABSENT_RIDDLE_SHARE = ATTRIBUTE_WEIGHTS["rs"] / (ATTRIBUTE_WEIGHTS["res"] + ATTR
 ABSENT_RELATION_SHARE = (1 - ABSENT_RIDDLE_SHARE) * RELATION_SHARE
 EXCHANGE_ALL_SHARE = 0.3
 FORM_TRIES = 60
+PAIR_TRIES = 200
+# Of minimal pairs: the forms that a pair may have.
+PAIR_WEIGHTS = {"res": 0.4, "relation": 0.15, "rs": 0.25, "gres": 0.2}
+# Of minimal pairs: how often the kind is exchanged where it is said, which is hardest to tell.
+PAIR_KIND_SHARE = 0.6
 NONE_SHARE = 0.25  # of gres
 PARTLY_ABSENT_SHARE = 0.13  # of multi_rs
 MULTI_RIDDLE_SHARE = 0.45  # of the phrases of multi_rs
@@ -272,6 +278,17 @@ class Grammar:
                 return other
         return None
 
+    def one_exchanged(self, description: Description) -> Description | None:
+        """The description with one property exchanged, mostly the kind, so that nothing matches it."""
+        said = [name for name in ("size", "texture", "colour") if getattr(description, name)]
+        named = description.noun in KINDS
+        if not said and not named:
+            return None
+        takes_kind = named and (not said or self.rng.random() < PAIR_KIND_SHARE)
+        changed = "noun" if takes_kind else choose(self.rng, said)
+        other = replace(description, **{changed: self.other_value(changed)})
+        return other if not self.found(other) and self.may_name(other) else None
+
     def other_value(self, name: str) -> str:
         """A value of a property, preferably one that is seen elsewhere in the scene."""
         if self.rng.random() < 0.6:
@@ -380,12 +397,64 @@ class Grammar:
     def short_in_multi(self) -> bool | None:
         return True if self.rng.random() < 0.6 else None
 
-    def single(self, attribute: str, phrase: Phrase) -> Query:
+    def pair(self) -> tuple[Query, Query] | None:
+        """A minimal pair: what is there first; or None if this try led nowhere."""
+        form = choose(self.rng, tuple(PAIR_WEIGHTS), tuple(PAIR_WEIGHTS.values()))
+        phrases = getattr(self, f"{form}_pair")()
+        if not phrases:
+            return None
+        attributes = ("res" if form == "relation" else form, "gres" if form == "gres" else "fp_res")
+        frame = self.wrap("{}", "are" if phrases[0].plural else "is")
+        there, absent = map(self.single, attributes, phrases, (frame, frame))
+        return there, absent
+
+    def res_pair(self) -> tuple[Phrase, Phrase] | None:
+        index = int(self.rng.integers(len(self.objects)))
+        description = self.describing(index)
+        other = self.one_exchanged(description)
+        return other and (Phrase("the " + description.words(), (index,)), Phrase("the " + other.words(), ()))
+
+    def relation_pair(self) -> tuple[Phrase, Phrase] | None:
+        index = int(self.rng.integers(len(self.objects)))
+        description = self.loosely(index)
+        anchor = int(self.rng.integers(len(self.objects)))
+        relation = choose(self.rng, tuple(RELATIONS))
+        if anchor == index or self.related(self.found(description), relation, anchor) != (index,):
+            return None
+        if not (other := self.one_exchanged(description)):
+            return None
+        behind = f"{relation} {self.naming(anchor, short=True).text}"
+        return Phrase(f"the {description.words()} {behind}", (index,)), Phrase(f"the {other.words()} {behind}", ())
+
+    def rs_pair(self) -> tuple[Phrase, Phrase] | None:
+        phrase = self.riddle(int(self.rng.integers(len(self.objects))))
+        if not phrase:
+            return None
+        item = self.objects[phrase.targets[0]]
+        colour = item.colour if item.colour in phrase.text.split() else None
+        other = self.one_exchanged(Description(item.kind, colour=colour))
+        return other and (phrase, Phrase(self.riddle_text(other.noun, other.colour), ()))
+
+    def gres_pair(self) -> tuple[Phrase, Phrase] | None:
+        description = self.group_description()
+        targets = self.found(description)
+        other = self.one_exchanged(description)
+        if not other or len(targets) < 2:
+            return None
+        phrase = self.group_phrase(description, targets)
+        words = description.words(plural=phrase.plural), other.words(plural=phrase.plural)
+        if words[0] not in phrase.text:  # "everything that is red"
+            words = description.adjectives[0], other.adjectives[0]
+        return phrase, Phrase(phrase.text.replace(*words), (), phrase.plural)
+
+    def single(self, attribute: str, phrase: Phrase, frame: str | None = None) -> Query:
+        """The query for one phrase, in a sentence of its own or in a given one, "{}" standing for the phrase."""
         if not phrase.targets:
             answer = "There is none: [REJ]."
         else:
             answer = "They are [SEG]." if len(phrase.targets) > 1 else "It is [SEG]."
-        return Query(attribute, self.wrap(phrase.text, "are" if phrase.plural else "is"), answer, (phrase,))
+        text = frame.format(phrase.text) if frame else self.wrap(phrase.text, "are" if phrase.plural else "is")
+        return Query(attribute, text, answer, (phrase,))
 
     def wrap(self, text: str, be: str) -> str:
         if self.rng.random() < BARE_SHARE:

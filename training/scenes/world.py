@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 from uground.command_line import CommandParser, run_command, seed_number
 from uground.training.scenes.drawing import COLOURS, KINDS, ObjectPlan, Scene, choose, draw_scene, paint
-from uground.training.scenes.queries import ATTRIBUTE_WEIGHTS, Grammar, Query
+from uground.training.scenes.queries import ATTRIBUTE_WEIGHTS, PAIR_TRIES, Grammar, Query
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 WORD_LIMIT = 2**32  # a larger seed or index would be split in two words and could meet another stream
@@ -57,16 +57,18 @@ def scene(split: str, seed: int, index: int) -> Scene:
 
 
 def scene_queries(
-    split: str, seed: int, index: int, queries: int = 1, attributes: Attributes = None
+    split: str, seed: int, index: int, queries: int = 1, attributes: Attributes = None, pairs: int = 0
 ) -> tuple[Scene, list[Query]]:
     """A scene and `queries` different queries about it; the first n are the same for any larger number.
 
-    attributes: names to choose from (keeping the default weights among them) or a mapping name -> weight; None for the
-    default mix. Returns the `Scene` and a list of `Query`, whose phrases hold the indices of the objects they mean.
+    pairs: how many minimal pairs the queries begin with, each of two queries; fewer where the scene has no more, or
+    `queries` leaves no room. attributes, of the other queries: names to choose from (keeping the default weights among
+    them) or a mapping name -> weight; None for the default mix. Returns the `Scene` and a list of `Query`, whose
+    phrases hold the indices of the objects they mean.
     """
     names, weights = _attribute_mix(attributes)
     drawn = scene(split, seed, index)
-    asked: list[Query] = []
+    asked = _pairs(Grammar(drawn, allowed_pairs(split), _generator(split, seed, index, 0)), min(pairs, queries // 2))
     while len(asked) < queries:
         rng = _generator(split, seed, index, len(asked) + 1)
         asked.append(_ask(Grammar(drawn, allowed_pairs(split), rng), names, weights, {query.text for query in asked}))
@@ -87,11 +89,23 @@ def _ask(grammar: Grammar, names: tuple[str, ...], weights: tuple[float, ...], t
     return repeated
 
 
+def _pairs(grammar: Grammar, count: int) -> list[Query]:
+    """Queries of `count` minimal pairs, either of a pair first, or of as many as could be found."""
+    asked: list[Query] = []
+    for _ in range(PAIR_TRIES if count else 0):
+        pair = grammar.pair()
+        if pair and not {query.text for query in pair} & {query.text for query in asked}:
+            asked += pair if grammar.rng.random() < 0.5 else reversed(pair)
+        if len(asked) == 2 * count:
+            break
+    return asked
+
+
 def scene_group(
-    split: str, seed: int, index: int, queries: int = 1, attributes: Attributes = None
+    split: str, seed: int, index: int, queries: int = 1, attributes: Attributes = None, pairs: int = 0
 ) -> tuple[Image.Image, list[dict]]:
     """One image and its examples in the common schema; all of them hold this same image object."""
-    drawn, asked = scene_queries(split, seed, index, queries, attributes)
+    drawn, asked = scene_queries(split, seed, index, queries, attributes, pairs)
     examples = []
     for number, query in enumerate(asked):
         meant = [phrase for phrase in query.phrases if phrase.targets]
