@@ -56,7 +56,7 @@ class SamHead(MaskHead):
         positions = self.sam.get_image_wide_positional_embeddings().to(dense.dtype)
         return self.sam.mask_decoder(
             image_embeddings=embeddings,
-            image_positional_embeddings=positions.expand(len(embeddings), -1, -1, -1),
+            image_positional_embeddings=positions.expand(embeddings.shape[0], -1, -1, -1),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,

@@ -107,7 +107,7 @@ class Sam2Head(MaskHead):
         positions = self.sam.get_image_wide_positional_embeddings().to(dense.dtype)
         masks, iou_scores, _, presence = decoder(
             image_embeddings=coarse,
-            image_positional_embeddings=positions.expand(len(coarse), -1, -1, -1),
+            image_positional_embeddings=positions.expand(coarse.shape[0], -1, -1, -1),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,

@@ -9,7 +9,7 @@ from .image_frames import ImageFrame
 
 # What an image encoder made of I images: one map, or several by name, whose first axis is I.
 ImageMaps = torch.Tensor | dict[str, torch.Tensor]
-# Fields of a model's output that a head gives, in this order; a head without estimates of presence gives the first two.
+# Fields of a model's output that a head gives, in this order; without estimates of presence, the first two.
 HEAD_FIELDS = ("mask_logits", "iou_scores", "presence_logits")
 # The name of the map of a head that makes one only.
 SINGLE_MAP = "embedding"

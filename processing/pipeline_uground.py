@@ -22,7 +22,7 @@ from .rejection import is_rejected, map_peak
 logger = logging.get_logger(__name__)
 
 FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
-POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
+POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity", "presence_threshold")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
 # What is one image, or none at all, although it may be iterable.
 IMAGE_TYPES = (str, bytes, np.ndarray, torch.Tensor, Image.Image)
@@ -43,8 +43,8 @@ class ReferringSegmentationPipeline(Pipeline):
 
     A result is `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255 in image size, "score": float in
     0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`; `segments` is empty for what is not in
-    the image. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a warning is
-    logged, unless `warns_of_cut` is `False`.
+    the image. With a SAM 2 a segment has also its `"presence"`, in 0..1. An answer that was cut, by `max_new_tokens`
+    for one, may lack segments: of the first one a warning is logged, unless `warns_of_cut` is `False`.
     """
 
     _load_processor = True
@@ -77,6 +77,8 @@ class ReferringSegmentationPipeline(Pipeline):
             reject_threshold (`float`, defaults to 0): a query whose similarity maps all have a lower peak, in 0..1,
                 is taken to ask for what is not there, and gets no segments; `rejection.REJECT_THRESHOLD` is the value
                 for the bundled checkpoint. Needs a model with `similarity_scaling="scaled"`.
+            presence_threshold (`float`, defaults to 0): the same for the presence of segments, which a SAM 2
+                estimates; its own rule is 0.5.
             return_similarity (`bool`): adds `"similarity_map"` to every segment, a float32 array with one value per
                 image token that sees image, rows first; and `"similarity_box"` where these see a part of the image
                 only, as of a model that is shown a centre crop: x0, y0, x1, y1 in pixels.
@@ -165,7 +167,13 @@ class ReferringSegmentationPipeline(Pipeline):
             raise MemoryError(f"half a batch, {rows} queries, does not fit into memory; lower {lower}") from error
 
     def postprocess(
-        self, model_outputs, threshold=0.0, mask_threshold=0.0, reject_threshold=0.0, return_similarity=False
+        self,
+        model_outputs,
+        threshold=0.0,
+        mask_threshold=0.0,
+        reject_threshold=0.0,
+        return_similarity=False,
+        presence_threshold=0.0,
     ):
         """Results of every item of a batch, nested as the items were."""
         queries = self._plain_queries(model_outputs["queries"])
@@ -173,6 +181,11 @@ class ReferringSegmentationPipeline(Pipeline):
             raise ValueError(
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
                 f"{self.model.config.similarity_scaling!r}"
+            )
+        head = getattr(self.model, "mask_decoder", None)
+        if presence_threshold and not getattr(head, "has_presence", False):
+            raise ValueError(
+                "presence_threshold needs a model with a SAM 2, which estimates presence, got one without"
             )
         rows, maps, boxes = [], [], []
         for outputs in model_outputs["outputs"]:
@@ -191,7 +204,9 @@ class ReferringSegmentationPipeline(Pipeline):
                     segment.update({} if box is None else {"similarity_box": list(box)})
             segments = [segment for segment in segments if segment["score"] >= threshold]
             peaks = list(map(map_peak, similarity_maps))
-            if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold):
+            presences = found["presences"].tolist() if "presences" in found else ()
+            limits = {"presences": presences, "presence_threshold": presence_threshold}
+            if is_rejected(found["answer"], peaks, self.processor.reject_token, reject_threshold, **limits):
                 segments = []
             results.append({"answer": found["answer"], "segments": segments})
         nested, start = [], 0
@@ -289,7 +304,7 @@ def _check_values(given: dict) -> None:
     for name in ("max_new_tokens", "num_layer_samples", "max_rows"):
         if name in given:
             check_whole(name, given[name])
-    for name in ("threshold", "reject_threshold"):
+    for name in ("threshold", "reject_threshold", "presence_threshold"):
         if name in given:
             check_number(name, given[name], 0, 1)
     if "mask_threshold" in given:
@@ -377,7 +392,7 @@ def _make_segments(found: dict) -> list[dict]:
         found["layers"].tolist(),
         strict=True,
     )
-    return [
+    segments = [
         {
             "mask": Image.fromarray(mask.astype("uint8") * 255),
             "score": score,
@@ -387,6 +402,10 @@ def _make_segments(found: dict) -> list[dict]:
         }
         for mask, score, label, box, layer in rows
     ]
+    if "presences" in found:
+        for segment, presence in zip(segments, found["presences"].tolist(), strict=True):
+            segment["presence"] = presence
+    return segments
 
 
 __all__ = ["ReferringSegmentationPipeline"]

@@ -1,4 +1,4 @@
-"""Whether an answer means "not there": the model says so, or every map it made is weak."""
+"""Whether an answer means "not there": the model says so, or everything that it found is weak."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,8 @@ import numpy as np
 # that it costs at most 2 % of the answerable queries, and docs/speed.md has what it brings on test scenes. It belongs
 # to the bundled checkpoint; measure it anew for another model.
 REJECT_THRESHOLD = 0.985
+# The presence below which a SAM 2 takes a thing for absent: its own rule, that the logit is above 0.
+PRESENCE_THRESHOLD = 0.5
 
 
 def map_peak(similarity_map: np.ndarray) -> float:
@@ -25,7 +27,12 @@ def map_peak(similarity_map: np.ndarray) -> float:
 
 
 def is_rejected(
-    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float = REJECT_THRESHOLD
+    answer: str,
+    peaks: Sequence[float],
+    reject_token: str = "[REJ]",
+    threshold: float = REJECT_THRESHOLD,
+    presences: Sequence[float] = (),
+    presence_threshold: float = PRESENCE_THRESHOLD,
 ) -> bool:
     """
     The rejection rule.
@@ -34,13 +41,19 @@ def is_rejected(
         answer: what was written, special tokens included.
         peaks: of the similarity maps of its segments, see [`map_peak`].
         reject_token: the token that says "not there".
-        threshold: a map with a lower peak is weak; 0 leaves the token alone to decide.
+        threshold: a segment whose map has a lower peak is weak; 0 leaves that out.
+        presences: of the same segments, in 0..1, from a mask head that estimates it; or none.
+        presence_threshold: a segment of lower presence is weak; 0 leaves that out.
 
     Returns:
-        `True` if the answer holds the reject token and no segment, or segments whose maps are all weak. An answer in
+        `True` if the answer holds the reject token and no segment, or segments that are all weak. An answer in
         words alone rejects nothing. An answer that rejects one thing and finds another is not rejected.
     """
-    return max(peaks) < threshold if len(peaks) else reject_token in answer
+    if not len(peaks):
+        return reject_token in answer
+    presences = presences if len(presences) else [1.0] * len(peaks)
+    pairs = zip(peaks, presences, strict=True)
+    return all(peak < threshold or presence < presence_threshold for peak, presence in pairs)
 
 
-__all__ = ["REJECT_THRESHOLD", "is_rejected", "map_peak"]
+__all__ = ["PRESENCE_THRESHOLD", "REJECT_THRESHOLD", "is_rejected", "map_peak"]
