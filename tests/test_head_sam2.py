@@ -8,15 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from test_assemble import assemble, random_weights, write_llava
-from test_trainer import tiny_trainer
 from tiny import SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model, tiny_sam2_config, tiny_sam3_config
 from tiny_processor import tiny_tokenizer
+from tiny_training import dataset, example, training_config
 from transformers import AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.image_frames import ImageFrame
 from uground.processing import UGroundProcessor, make_image_processor, sam2_image_processor
 from uground.training.objectives.grounding_terms import presence_loss
+from uground.training.trainer import UGroundTrainer
 from uground.training.training_config import freeze
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -237,11 +238,15 @@ def test_presence_by_hand():
 def test_a_step_changes_all_that_is_trained_and_nothing_else(tmp_path):
     model = tiny_model(sam_config=tiny_sam2_config())
     processor = processor_for(model.config)
-    cached = {"cache_sam_embeddings": str(tmp_path / "cache"), "iou_weight": 0.5, "learning_rate": 1e-2}
-    trainer = tiny_trainer(tmp_path, model=model, processing_class=processor, max_steps=2, **cached)
+    settings = {"cache_sam_embeddings": str(tmp_path / "cache"), "iou_weight": 0.5, "learning_rate": 1e-2}
+    # The same images in both steps: the second takes the kept maps.
+    args = training_config(tmp_path, max_steps=2, per_device_train_batch_size=8, **settings)
+    items = dataset([example(number) for number in range(8)])
+    trainer = UGroundTrainer(model=model.train(), args=args, processing_class=processor, train_dataset=items)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     trained = set(freeze(model, None, trainer.args.loss_weights()))
     trainer.train()
+    assert trainer._sam_cache.encoded == len({path.name for path in (tmp_path / "cache").rglob("*.safetensors")}) > 0
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == trained
     assert "mask_decoder.sam.mask_decoder.conv_s0.weight" in trained
