@@ -57,3 +57,13 @@ def test_the_peak_is_the_probability_of_the_surest_token():
     assert map_peak(np.array([[-3.0, 0.0], [-1.0, -2.0]])) == 0.5
     assert map_peak(np.array([[2.0, 0.0]])) == pytest.approx(0.8807970779)
     assert map_peak(np.array([[1e6]])) == pytest.approx(1) and map_peak(np.array([[-1e6]])) == pytest.approx(0)
+
+
+def test_presence_is_weak_by_itself_or_with_the_map():
+    """A segment is weak by either measure, and an answer is rejected if all of its segments are."""
+    rule = {"threshold": 0.5, "presence_threshold": 0.5}
+    assert is_rejected("it is [SEG].", [0.9], presences=[0.4], **rule)
+    assert not is_rejected("it is [SEG].", [0.9], presences=[0.6], **rule)
+    assert is_rejected("[SEG] and [SEG].", [0.9, 0.4], presences=[0.4, 0.9], **rule)
+    assert not is_rejected("[SEG] and [SEG].", [0.9, 0.4], presences=[0.6, 0.1], **rule)
+    assert not is_rejected("it is [SEG].", [0.9], presences=[0.4], threshold=0.5, presence_threshold=0)
