@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from test_assemble import assemble, random_weights, write_llava
-from tiny import SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model, tiny_sam2_config, tiny_sam3_config
-from tiny_processor import tiny_tokenizer
+from tiny import SEGMENT_TOKEN, say_only, tiny_config, tiny_inputs, tiny_model, tiny_sam2_config, tiny_sam3_config
+from tiny_processor import tiny_processor, tiny_tokenizer
 from tiny_training import dataset, example, training_config
 from transformers import AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.image_frames import ImageFrame
 from uground.processing import UGroundProcessor, make_image_processor, sam2_image_processor
+from uground.processing.pipeline_uground import ReferringSegmentationPipeline
 from uground.training.objectives.grounding_terms import presence_loss
 from uground.training.trainer import UGroundTrainer
 from uground.training.training_config import freeze
@@ -287,3 +288,24 @@ def test_a_video_checkpoint_gives_its_image_model(tmp_path, capsys):
     torch.save({"model": {"sam_mask_decoder.iou_token.weight": torch.zeros(1)}}, tmp_path / "sam2.pt")
     assert assemble(tmp_path / "lmm", tmp_path / "sam2.pt", tmp_path / "no") == 2
     assert "is one of Meta's SAM 2, expected its folder" in capsys.readouterr().err
+
+
+def test_presence_is_in_the_result_and_rejects():
+    model = tiny_model(sam_config=tiny_sam2_config())
+    pipe = ReferringSegmentationPipeline(model=model, processor=processor_for(model.config))
+    picture = Image.new("RGB", (40, 90), "white")
+    say = {"max_new_tokens": 2, "generate_kwargs": {"suppress_tokens": say_only(SEGMENT_TOKEN)}}
+    with torch.no_grad():
+        bias = model.mask_decoder.sam.mask_decoder.pred_obj_score_head.proj_out.bias
+        bias.fill_(30.0)
+    present = pipe(picture, "the red cup", presence_threshold=0.5, **say)["segments"]
+    assert len(present) == 2 and all(segment["presence"] > 0.99 for segment in present)
+    with torch.no_grad():
+        bias.fill_(-30.0)
+    absent = pipe(picture, "the red cup", **say)["segments"]
+    assert all(segment["presence"] < 0.01 for segment in absent)
+    assert all(low["score"] < high["score"] for low, high in zip(absent, present, strict=True) if high["score"])
+    assert pipe(picture, "the red cup", presence_threshold=0.5, **say)["segments"] == []
+    other = ReferringSegmentationPipeline(model=tiny_model(), processor=tiny_processor())
+    with pytest.raises(ValueError, match="presence_threshold needs a model with a SAM 2"):
+        other(picture, "the red cup", presence_threshold=0.5, **say)
