@@ -41,7 +41,8 @@ _VIDEO_ONLY = (
     r"memory_.*|mask_downsample.*|object_pointer_proj.*|temporal_positional_encoding_projection_layer.*"
     r"|no_memory_positional_encoding|no_object_pointer|occlusion_spatial_embedding_parameter"
 )
-# Of `sam3_video`, in front and in place of it; what else is its detector's goes.
+# Of `sam3_video`, in front and in place of it, one after the other, as `Sam3TrackerModel` saves its names with more than
+# one of them; what else is its detector's goes.
 _SAM3_NAMES = (
     ("tracker_model.", ""),
     ("tracker_neck.", "vision_encoder.neck."),
@@ -64,7 +65,6 @@ def sam2_name(name: str) -> str | None:
     for prefix, replacement in _SAM3_NAMES:
         if name.startswith(prefix):
             name = replacement + name.removeprefix(prefix)
-            break
     return None if re.fullmatch(_VIDEO_ONLY, name) or name.startswith("detector_model.") else name
 
 
