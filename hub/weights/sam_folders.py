@@ -41,8 +41,8 @@ _VIDEO_ONLY = (
     r"memory_.*|mask_downsample.*|object_pointer_proj.*|temporal_positional_encoding_projection_layer.*"
     r"|no_memory_positional_encoding|no_object_pointer|occlusion_spatial_embedding_parameter"
 )
-# Of `sam3_video`, in front and in place of it, one after the other, as `Sam3TrackerModel` saves its names with more than
-# one of them; what else is its detector's goes.
+# Of `sam3_video`, in front and in place of it, one after the other: `Sam3TrackerModel` saves names with more than one
+# of them. What else is its detector's goes.
 _SAM3_NAMES = (
     ("tracker_model.", ""),
     ("tracker_neck.", "vision_encoder.neck."),
