@@ -40,8 +40,9 @@ from uground.apps.annotation_inputs import ImageSource, open_source, read_querie
 from uground.checkpoint_loading import load_model, load_processor
 from uground.command_line import LOADING_DTYPES, RESUMABLE, one_line, run_command
 from uground.job_processes import job_state
+from uground.processing.halving import is_out_of_memory
 from uground.processing.image_reading import read_image
-from uground.processing.pipeline_uground import ReferringSegmentationPipeline, is_out_of_memory
+from uground.processing.pipeline_uground import ReferringSegmentationPipeline
 
 LAYER_RULES = ("argmax", "last", "sample", "mc")
 # Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.

@@ -1,6 +1,6 @@
 """Put a fresh UGround together from a LLaVA and a SAM.
 
-python -m uground.hub.assemble --lmm llava-hf/llava-1.5-7b-hf --sam facebook/sam-vit-huge --output uground-start
+python -m uground.hub.assemble --lmm llava-hf/llava-1.5-7b-hf --sam facebook/sam2.1-hiera-large --output uground-start
 
 It gets the tokens [SEG] and [REJ], whose embeddings begin as the mean of the old ones, a policy that knows nothing
 yet and a new projection, so it loads and can be trained, but does not segment before. Tensors are copied one by one,
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase, SamConfig
+from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
 
 from uground.command_line import DTYPES, run_command, seed_number
 from uground.hub.convert.official_tokenizer import IMAGE, REJECT, SEGMENT
 from uground.hub.weights.checkpoint_writer import check_output, new_folder, save_all_but_weights
+from uground.hub.weights.sam_folders import TIED_SAM_NAME, open_sam_folder, refuse_metas_sam2, sam_frames
 from uground.hub.weights.sam_weights import IGNORED_KEYS, rename_original_sam_key, sam_config_from_state_dict
 from uground.hub.weights.streaming import Part, Target, write_weights
 from uground.hub.weights.weight_files import WeightFiles, first_line, resolve_folder
@@ -42,8 +43,6 @@ LLAVA_SETTINGS = (
     "tie_word_embeddings",
 )
 LMM_PREFIX, SAM_PREFIX = "lmm.", "mask_decoder.sam."
-# SAM's position encoding has two names; this one is tied to the other and not written.
-TIED_SAM_NAME = "prompt_encoder.shared_embedding.positional_embedding"
 VOCABULARY = ("lmm.model.language_model.embed_tokens.weight", "lmm.lm_head.weight")
 # Names of either generation of transformers, in front and behind; the first that fits is replaced.
 _LMM_NAMES = (
@@ -65,11 +64,6 @@ def lmm_name(name: str) -> str | None:
         if match := re.match(pattern, name):
             return prefix + name[match.end() :]
     return name
-
-
-def sam_name(name: str) -> str | None:
-    """Name in `SamModel` of a tensor in a file of that model; `None` for the second name of the position encoding."""
-    return None if name == TIED_SAM_NAME else name
 
 
 def original_sam_name(name: str, iou_head_depth: int) -> str | None:
@@ -95,7 +89,8 @@ def assemble(
 
     Args:
         lmm: folder or Hub id of a LLaVA-1.5 or 1.6 of transformers.
-        sam: folder or Hub id of a `SamModel`, or a `.pth` of Meta's.
+        sam: folder or Hub id of a `SamModel`, `Sam2Model` or `Sam3TrackerModel`, of images or video, or a `.pth` of
+            Meta's SAM.
         output: folder to write, new or empty.
         dtype: of the written weights; by default that of the LLaVA.
         similarity_scaling: see [`UGroundConfig`].
@@ -111,7 +106,7 @@ def assemble(
     lmm_config = read_lmm_config(lmm_folder)
     tokenizer, num_old = read_tokenizer(lmm_folder, lmm_config)
     lmm_weights = WeightFiles(lmm_folder)
-    sam_config, sam_weights, rename_sam = open_sam(sam)
+    sam_config, sam_weights, rename_sam, sam_folder = open_sam(sam)
     # A vocabulary that is longer than the tokenizer, to be a round number, has room for the new tokens.
     text_config = lmm_config.get_text_config()
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
@@ -125,7 +120,7 @@ def assemble(
     vision = lmm_config.vision_config
     processor = UGroundProcessor(
         letterbox_image_processor(vision.image_size),
-        letterbox_image_processor(config.frame_size),
+        sam_frames(sam_config, config.frame_size, sam_folder),
         tokenizer,
         patch_size=vision.patch_size,
     )
@@ -215,28 +210,25 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTok
 
 def open_sam(source: str) -> Any:
     """
-    Configuration and weights of a SAM, and the function that renames its tensors.
+    Configuration and weights of a SAM, the function that renames its tensors, and its folder, if it is one.
 
     Args:
-        source: folder or Hub id of a `SamModel`, or a file of Meta's.
+        source: folder or Hub id of a model of transformers, or a file of Meta's.
 
     Raises:
         OSError, ValueError: it cannot be read, or is no SAM.
     """
     path = Path(source)
     if path.is_file():
+        if path.suffix != ".safetensors":
+            refuse_metas_sam2(path)
         weights = WeightFiles(path, "SAM checkpoint")
         meta = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
         config = sam_config_from_state_dict(meta)
         depth = config.mask_decoder_config.iou_head_depth
-        return config, weights, partial(original_sam_name, iou_head_depth=depth)
+        return config, weights, partial(original_sam_name, iou_head_depth=depth), None
     folder = resolve_folder(source, "SAM")
-    kind = read_json_object(folder / "config.json").get("model_type")
-    if kind != SamConfig.model_type:
-        raise ValueError(f"The SAM {folder} must be of type {SamConfig.model_type}, got {kind}.")
-    with names_config(folder / "config.json"):
-        config = SamConfig.from_pretrained(folder)
-    return config, WeightFiles(folder, "SAM file"), sam_name
+    return *open_sam_folder(folder), folder
 
 
 def _dtype_of(lmm_weights: WeightFiles) -> torch.dtype:
@@ -274,7 +266,7 @@ def plan_parts(
             lmm_targets[name.removeprefix(LMM_PREFIX)] = Target(name, None, change)
         elif name.startswith(LMM_PREFIX):
             lmm_targets[name.removeprefix(LMM_PREFIX)] = Target(name, shape)
-        elif name.startswith(SAM_PREFIX) and sam_name(name.removeprefix(SAM_PREFIX)) is not None:
+        elif name.startswith(SAM_PREFIX) and not _is_tied(model, name.removeprefix(SAM_PREFIX)):
             sam_targets[name.removeprefix(SAM_PREFIX)] = Target(name, shape)
     parts = [
         Part(f"The LMM {lmm_weights.path}", lmm_weights, lmm_name, lmm_targets),
@@ -283,6 +275,11 @@ def plan_parts(
     for part in parts:
         part.check()
     return parts
+
+
+def _is_tied(model, name: str) -> bool:
+    """Whether a tensor of the SAM is the second name of another one."""
+    return name == TIED_SAM_NAME and model.config.mask_head == "sam"
 
 
 def extend_vocabulary(matrix: Tensor, num_old: int, num_tokens: int, num_rows: int) -> Tensor:
@@ -330,7 +327,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--lmm", required=True, metavar="LLAVA", help="folder or Hub id of a LLaVA-1.5 or 1.6")
-    parser.add_argument("--sam", required=True, help="folder or Hub id of a SAM of transformers, or a .pth of Meta's")
+    parser.add_argument(
+        "--sam",
+        required=True,
+        help="folder or Hub id of a SAM, SAM 2 or SAM 3 of transformers, or a .pth of Meta's SAM",
+    )
     parser.add_argument("--output", required=True, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the written weights (default: as in LLAVA)")
     parser.add_argument(

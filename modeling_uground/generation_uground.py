@@ -14,6 +14,7 @@ from transformers import (
 
 from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
 from .layer_states import WrittenStates
+from .mask_head import HEAD_FIELDS, maps_of
 from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
 from .query_rows import Rows
 from .segment_tokens import LayerRequest, Segments
@@ -215,7 +216,9 @@ class SegmentGenerationMixin(GenerationMixin):
         check_supported(settings, others)
         settings.update(return_dict_in_generate=True, output_hidden_states=False, output_logits=False)
         images, adapter, lmm = rows.images, rows.adapter, self.lmm
-        self._check_finite(images.lmm_features, *([] if self.mask_decoder is None else [images.sam_embeddings]))
+        self._check_finite(
+            images.lmm_features, *([] if self.mask_decoder is None else maps_of(images.sam_embeddings).values())
+        )
         prefix = self._shared_prefix(rows, prefix, keep)
         kept = keep.of(len(rows))
         columns = rows.image_columns if prefix is None else None
@@ -277,7 +280,7 @@ class SegmentGenerationMixin(GenerationMixin):
         self._check_finite(segments.states if self.layer_policy is None else self.layer_policy(segments.states))
         found = self.decode_segments(segments, request)
         if self.mask_decoder is not None:
-            self._check_finite(found["mask_logits"], found["iou_scores"])
+            self._check_finite(*(found[name] for name in HEAD_FIELDS if name in found))
         images = segments.images
         return UGroundSegmentation(
             sequences=answers.sequences,

@@ -16,11 +16,11 @@ from .call_arguments import refuse_unknown, with_answer_length
 from .checkpoint_files import refuses_bad_config
 from .configuration_uground import MASK_HEADS, UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
-from .head_sam import mask_overlap
 from .image_rows import check_images, check_labels, check_queries, resolve_image_index
 from .layer_policy import LayerChoice, LayerPolicy, draw_layers, log_probs_of, select_layers
 from .layer_states import ImageStates, states_at
 from .library_compat import CACHE_NAME
+from .mask_head import HEAD_FIELDS, ImageMaps, mask_overlap
 from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
 from .pretrained_uground import UGroundPreTrainedModel
 from .prompts import PROMPTS, PromptSource, SegmentProjection
@@ -128,7 +128,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         original_sizes: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        sam_embeddings: ImageMaps | None = None,
         **queries: Any,
     ) -> UGroundImageEmbeddings:
         """
@@ -139,7 +139,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them.
             input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
             the processor returned may be passed along and is not read.
-            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of these images, made before.
+            sam_embeddings (*optional*): of these images, made before, as the mask head makes them.
 
         Raises:
             ValueError: the sizes do not fit together, or no query asks about one of the images.
@@ -177,7 +177,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         num_layer_samples: int | None = None,
         layer_uniforms: torch.Tensor | np.ndarray | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        sam_embeddings: ImageMaps | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: None = None,
         use_cache: bool | None = None,
@@ -200,8 +200,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             segments with these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and
             `other_maps`.
             image_embeddings (*optional*): of [`get_image_embeddings`], instead of the image inputs.
-            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of an earlier pass over these images, which then are not
-            encoded by SAM.
+            sam_embeddings (*optional*): of an earlier pass over these images, which then are not encoded by SAM.
             position_ids (`(B, T)`, *optional*): by default each token counts the tokens before it. Rows that pack
             several queries behind one image need them, and an `attention_mask` `(B, T, T)` that says which keys each
             token may see.
@@ -342,9 +341,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         prompts = {argument: make(source) for argument, make in map(PROMPTS.get, self.config.prompts)}
         if "point_prompts" in prompts:
             found["points"], found["point_labels"] = prompts["point_prompts"]
-        mask_logits, iou_scores = self.mask_decoder(segments.images.sam_embeddings, segments.image, **prompts)
+        decoded = self.mask_decoder(segments.images.sam_embeddings, segments.image, **prompts)
         device = segments.states.device
-        return {**found, "mask_logits": mask_logits.to(device), "iou_scores": iou_scores.to(device)}
+        # A head without estimates of presence gives one field less.
+        return {**found, **{name: values.to(device) for name, values in zip(HEAD_FIELDS, decoded, strict=False)}}
 
     def _decode_drawn(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
         """Average over the layers drawn of each segment; a layer drawn twice is decoded once and weighs double."""
@@ -365,10 +365,12 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         # One at a time: each of these is as large as all mask logits.
         uncertainty = average((probabilities - mean[segment]) ** 2)
         overlap = mask_overlap(probabilities > 0.5, (mean > 0.5)[segment])
+        if "presence_logits" in decoded:
+            found["presence_logits"] = _logit(average(decoded["presence_logits"].sigmoid()))
         return {
             **found,
             "iou_scores": average(decoded["iou_scores"]),
-            "mask_logits": mean.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN).logit(),
+            "mask_logits": _logit(mean),
             "uncertainty": uncertainty,
             "agreement": average(overlap),
         }
@@ -420,7 +422,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         image_embeddings: UGroundImageEmbeddings | None,
         image_inputs: tuple[torch.Tensor | None, ...] = (),
         position_ids: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        sam_embeddings: ImageMaps | None = None,
     ) -> Rows:
         """
         Rows as the LMM takes them, and the images that they ask about, encoded unless they were before.
@@ -455,6 +457,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             image_index,
             position_ids,
         )
+
+
+def _logit(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN).logit()
 
 
 UGroundForReferringSegmentation.register_for_auto_class("AutoModel")

@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .mask_head import ImageMaps
+
 
 @dataclass
 class UGroundImageEmbeddings(ModelOutput):
@@ -16,13 +18,14 @@ class UGroundImageEmbeddings(ModelOutput):
 
     Args:
         lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space.
-        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings; `None` without a mask head.
+        sam_embeddings (*optional*): SAM's image embeddings, as the mask head makes them: `(I, C, S/16, S/16)` of a
+            SAM, several maps `(I, C, h, w)` by name of a SAM 2; `None` without a mask head.
         token_valid (`(I, h, w)`, bool): image tokens that see image and not padding only.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
     """
 
     lmm_features: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
+    sam_embeddings: ImageMaps | None = None
     token_valid: torch.Tensor | None = None
     valid_sizes: torch.Tensor | None = None
     sam_valid_sizes: torch.Tensor | None = None
@@ -44,9 +47,12 @@ class SegmentFields(ModelOutput):
         points (`(N, K, 2)`, float32, *optional*): with the prompt `points`, x and y in pixels of the SAM frame, as
             handed to the prompt encoder.
         point_labels (`(N, K)`, int64, *optional*): 1 inside, 0 outside, -1 neutral, -10 where there is no such point.
-        mask_logits (`(N, S/4, S/4)`, float32): in the SAM frame; a pixel is mask where the logit is above 0.
+        mask_logits (`(N, p, p)`, float32): in the SAM frame; a pixel is mask where the logit is above 0. The side is
+            that of SAM's mask prompts, S/4 with patches of 16 pixels.
         iou_scores (`(N,)`, float32): SAM's estimate of the IoU of each mask.
-        uncertainty (`(N, S/4, S/4)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
+        presence_logits (`(N,)`, float32, *optional*): of a SAM 2, how sure it is that there is anything; a thing is
+            there where the logit is above 0.
+        uncertainty (`(N, p, p)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
@@ -62,6 +68,7 @@ class SegmentFields(ModelOutput):
     point_labels: torch.Tensor | None = None
     mask_logits: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
+    presence_logits: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
 
@@ -90,7 +97,8 @@ class UGroundOutput(SegmentFields, TextFields):
         draw_log_probs (`(k, N)`, float32, *optional*): their log-probabilities under the policy.
         other_maps (`(k - 1, N, h, w)`, float32, *optional*): similarity maps at the draws but the first, without a
             graph.
-        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings, where the pass made them.
+        sam_embeddings (*optional*): SAM's image embeddings, where the pass made them, as in
+            [`UGroundImageEmbeddings`].
         hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request;
             `None` in place of layers that were not asked for.
         attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
@@ -100,7 +108,7 @@ class UGroundOutput(SegmentFields, TextFields):
     layer_draws: torch.Tensor | None = None
     draw_log_probs: torch.Tensor | None = None
     other_maps: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
+    sam_embeddings: ImageMaps | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cache: Cache | None = None

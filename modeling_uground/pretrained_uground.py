@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from .attention_parts import attention_of_parts
 from .call_arguments import with_answer_length
-from .configuration_uground import UGroundConfig
+from .configuration_uground import MASK_HEADS, UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
 from .library_compat import hush_hub_kernel
@@ -46,7 +46,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     # Of release 0.1.0: what training held rewards against lay among the weights.
     _keys_to_ignore_on_load_unexpected = [r"layer_policy\.(reward_ema|reward_updates|critic\..*)"]
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
-    _no_split_modules = ["SamHead"]
+    _no_split_modules = [head.__name__ for head in MASK_HEADS.values()]
 
     @property
     def is_gradient_checkpointing(self) -> bool:

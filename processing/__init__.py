@@ -5,6 +5,7 @@ from .image_processors import (
     crop_image_processor,
     letterbox_image_processor,
     make_image_processor,
+    sam2_image_processor,
     stretch_image_processor,
 )
 from .image_reading import read_image
@@ -12,10 +13,11 @@ from .mask_rle import decode_mask, encode_mask
 from .pipeline_uground import ReferringSegmentationPipeline
 from .post_processing import masks_to_boxes, post_process_masks, segment_scores
 from .processing_uground import UGroundProcessor
-from .rejection import is_rejected, map_peak
+from .rejection import PRESENCE_THRESHOLD, is_rejected, map_peak
 from .results import FoundSegment, GroundingResult
 
 __all__ = [
+    "PRESENCE_THRESHOLD",
     "FoundSegment",
     "GroundingResult",
     "ReferringSegmentationPipeline",
@@ -33,6 +35,7 @@ __all__ = [
     "map_peak",
     "masks_to_boxes",
     "post_process_masks",
+    "sam2_image_processor",
     "read_image",
     "segment_scores",
     "stretch_image_processor",

@@ -1,6 +1,5 @@
 """`pipeline("referring-segmentation")`: an image and queries in, answers and masks out."""
 
-import gc
 import os
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from .answer_labels import label_absent
 from .argument_checks import check_number, check_one_of, check_whole
 from .conversation import is_conversation, read_conversation
+from .halving import halve_batch, is_out_of_memory, release_memory
 from .image_processors import seen_box
 from .prompt_format import EARLIER_FRAME, check_token_ids
 from .query_layout import is_list_of_images, pair_images_with_queries
@@ -26,7 +26,7 @@ from .results import GroundingResult
 logger = logging.get_logger(__name__)
 
 FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
-POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity")
+POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity", "presence_threshold")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
 # Names of what an item asks, and of what stands for image and query in it.
 TEXT_KEYS, CONVERSATION_KEY = ("text", "query"), "messages"
@@ -51,8 +51,9 @@ class ReferringSegmentationPipeline(Pipeline):
 
     A result is a [`GroundingResult`]: the dictionary `{"answer": str, "segments": [{"mask": PIL image "L" of 0 and 255
     in image size, "score": float in 0..1, "label": str, "box": [x0, y0, x1, y1] in pixels, "layer": int}, …]}`, which
-    can be drawn and written; `segments` is empty for what is not in the image. An answer that was cut, by
-    `max_new_tokens` for one, may lack segments: of the first one a warning is logged, unless `warns_of_cut` is false.
+    can be drawn and written; `segments` is empty for what is not in the image. With a SAM 2 a segment has also its
+    `"presence"`, in 0..1. An answer that was cut, by `max_new_tokens` for one, may lack segments: of the first one a
+    warning is logged, unless `warns_of_cut` is false.
     """
 
     _load_processor = True
@@ -95,6 +96,8 @@ class ReferringSegmentationPipeline(Pipeline):
             reject_threshold (`float`): a query whose similarity maps all have a lower peak, in 0..1, is taken to ask
                 for what is not there, and gets no segments; by default as the checkpoint's config says, where 0 leaves
                 that to the reject token. Needs a model with `similarity_scaling="scaled"`.
+            presence_threshold (`float`, defaults to 0): the same for the presence of segments, which a SAM 2
+                estimates; its own rule is 0.5.
             return_similarity (`bool`): adds `"similarity_map"` to every segment, a float32 array with one value per
                 image token that sees image, rows first; and `"similarity_box"` where these see a part of the image
                 only, as of a model that is shown a centre crop: x0, y0, x1, y1 in pixels.
@@ -193,6 +196,7 @@ class ReferringSegmentationPipeline(Pipeline):
         mask_threshold: float = 0.0,
         reject_threshold: float | None = None,
         return_similarity: bool = False,
+        presence_threshold: float = 0.0,
     ) -> list[dict | list[dict]]:
         """Results of every item of a batch, nested as the items were."""
         queries = self._plain_queries(model_outputs["queries"])
@@ -203,6 +207,11 @@ class ReferringSegmentationPipeline(Pipeline):
             raise ValueError(
                 "reject_threshold needs a model with similarity_scaling='scaled', whose maps have a strength, got "
                 f"{self.model.config.similarity_scaling!r}"
+            )
+        head = getattr(self.model, "mask_decoder", None)
+        if presence_threshold and not getattr(head, "has_presence", False):
+            raise ValueError(
+                "presence_threshold needs a model with a SAM 2, which estimates presence, got one without"
             )
         found: list[tuple] = []
         for outputs in model_outputs["outputs"]:
@@ -223,8 +232,10 @@ class ReferringSegmentationPipeline(Pipeline):
                 if return_similarity:
                     segment["similarity_map"] = similarity_map
                     segment |= {} if box is None else {"similarity_box": list(box)}
-            absent = label_absent(row["answer"], query or "", *marks)
-            if is_rejected(row["answer"], list(map(map_peak, maps)), self.processor.reject_token, reject_threshold):
+            absent, peaks = label_absent(row["answer"], query or "", *marks), list(map(map_peak, maps))
+            presences = row["presences"].tolist() if "presences" in row else ()
+            limits: dict[str, Any] = {"presences": presences, "presence_threshold": presence_threshold}
+            if is_rejected(row["answer"], peaks, self.processor.reject_token, reject_threshold, **limits):
                 absent, segments = list(dict.fromkeys([*(one["label"] for one in segments), *absent])), []
             results.append(
                 GroundingResult(
@@ -350,7 +361,7 @@ def _check_values(given: dict) -> None:
     for name in ("max_new_tokens", "num_layer_samples", "max_rows"):
         if name in given:
             check_whole(name, given[name])
-    for name in ("threshold", "reject_threshold"):
+    for name in ("threshold", "reject_threshold", "presence_threshold"):
         if name in given:
             check_number(name, given[name], 0, 1)
     if "mask_threshold" in given:
@@ -368,51 +379,6 @@ def _check_loader(batch_size: int | None, num_workers: int | None) -> None:
         check_whole("batch_size", batch_size)
     if num_workers is not None:
         check_whole("num_workers", num_workers, 0)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
-
-
-def release_memory() -> None:
-    """Hand memory that nothing uses back to the device."""
-    gc.collect()
-    empty_cache = getattr(torch.get_device_module(), "empty_cache", None)
-    if empty_cache is not None:
-        empty_cache()
-
-
-def halve_batch(inputs: dict) -> list[dict]:
-    """
-    A processor's output as two batches: half of the images each, or half of the queries of the only image.
-
-    Returns:
-        Two batches with the rows in order; one, the given, where there is a single query.
-    """
-    num_rows, images = len(inputs["input_ids"]), len(inputs["original_sizes"])
-    by_image = images > 1
-    count = images if by_image else num_rows
-    if count < 2:
-        return [inputs]
-    # Without `image_index` each image has one row.
-    numbers = inputs["image_index"] if by_image and "image_index" in inputs else torch.arange(num_rows)
-    halves = []
-    for low, high in ((0, count // 2), (count // 2, count)):
-        rows = (numbers >= low) & (numbers < high)
-        half = {}
-        for name, value in inputs.items():
-            if name in ("input_ids", "attention_mask", "image_index"):
-                half[name] = value[rows.to(value.device)]
-            else:
-                half[name] = value[low:high] if by_image else value
-        if "image_index" in half:
-            half["image_index"] = half["image_index"] - (low if by_image else 0)
-        halves.append(half)
-    return halves
 
 
 def _make_items(inputs, text):
@@ -479,7 +445,7 @@ def _make_segments(found: dict) -> list[dict]:
         found["layers"].tolist(),
         strict=True,
     )
-    return [
+    segments = [
         {
             "mask": Image.fromarray(mask.astype("uint8") * 255),
             "score": score,
@@ -489,6 +455,10 @@ def _make_segments(found: dict) -> list[dict]:
         }
         for mask, score, label, box, layer in rows
     ]
+    if "presences" in found:
+        for segment, presence in zip(segments, found["presences"].tolist(), strict=True):
+            segment["presence"] = presence
+    return segments
 
 
 __all__ = ["ReferringSegmentationPipeline"]

@@ -36,8 +36,8 @@ from .prompt_pieces import (
 from .query_layout import flatten_texts, match_answers, pair_images_with_queries
 from .row_encoding import Row, SpecialTokens, expand_image
 
-# What SAM sees of an image.
-SAM_FRAME = "letterbox"
+# What SAM sees of an image: the first, and SAM 2 the second.
+SAM_FRAMES = ("letterbox", "stretch")
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
 # Tokenizers that know no longest context claim one far above this.
@@ -53,8 +53,9 @@ class UGroundProcessor(ProcessorMixin):
     Args:
         image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what the LMM sees of an image, see
             [`make_image_processor`].
-        sam_image_processor (`SamImageProcessorPil`): letterbox for the SAM frame. Both always run on PIL, so that
-            results do not depend on torchvision being installed.
+        sam_image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what SAM sees of an image: a
+            letterbox, or the square of a SAM 2, see [`sam2_image_processor`]. Both always run on PIL, so that results
+            do not depend on torchvision being installed; a `Sam2ImageProcessor` is taken for its settings.
         tokenizer: a fast tokenizer that holds `segment_token` and `image_token`, and `reject_token` if the model can
             reject, as one id each.
         patch_size (`int`, defaults to 14): side of an LMM image token in pixels of the LMM image.
@@ -88,9 +89,12 @@ class UGroundProcessor(ProcessorMixin):
     ):
         image_processor = on_pil(image_processor, "image_processor")
         sam_image_processor = on_pil(sam_image_processor, "sam_image_processor")
-        sam_frame, _ = frame_of(sam_image_processor)
-        if sam_frame != SAM_FRAME:
-            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {SAM_FRAME}, got {sam_frame}")
+        sam_frame, side = frame_of(sam_image_processor)
+        # A letterbox is a SAM's, whose logits tell its side.
+        self.sam_frame_side = None if sam_frame == SAM_FRAMES[0] else side
+        if sam_frame not in SAM_FRAMES:
+            expected = " or a ".join(SAM_FRAMES)
+            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {expected}, got {sam_frame}")
         self.patch_size = patch_size
         self.segment_token = segment_token
         self.reject_token = reject_token
@@ -291,7 +295,7 @@ class UGroundProcessor(ProcessorMixin):
         original_sizes: torch.Tensor | list[tuple[int, int]],
     ) -> list[torch.Tensor]:
         """Mask logits at image size, see [`post_processing.post_process_masks`]."""
-        return post_process_masks(mask_logits, sam_valid_sizes, original_sizes)
+        return post_process_masks(mask_logits, sam_valid_sizes, original_sizes, self.sam_frame_side)
 
     def post_process_instance_segmentation(
         self,

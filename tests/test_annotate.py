@@ -24,7 +24,7 @@ from tiny_processor import gradient_image, tiny_processor, write
 
 from uground.apps import annotate
 from uground.processing import ReferringSegmentationPipeline
-from uground.processing.pipeline_uground import halve_batch
+from uground.processing.halving import halve_batch
 
 ANSWER = "the cup is [SEG] and a boat is [SEG] ."
 QUERIES = ["the red cup", "a tree"]

@@ -199,7 +199,7 @@ def test_original_sam(tmp_path, parts, fresh):
     """A file of Meta's gives the same tensors, and a config with the constants of the original code."""
     original = sam_to_original(parts["sam_model"].state_dict())
     torch.save(original | {"pixel_mean": torch.ones(3, 1, 1)}, tmp_path / "sam.pth")
-    config, _, rename = open_sam(tmp_path / "sam.pth")
+    config, _, rename = open_sam(tmp_path / "sam.pth")[:3]
     # Heads are no size that a tensor shows; those of the tiny model are fewer than in any original.
     assert config.mask_decoder_config.num_attention_heads == 8
     assert rename("pixel_mean") is None and rename("nothing.weight") == "nothing.weight"
@@ -302,7 +302,7 @@ def test_an_lmm_with_other_tensors(tmp_path, capsys, parts):
 
 def test_a_sam_that_is_none(tmp_path, capsys, parts):
     out = tmp_path / "out"
-    refused(capsys, "must be of type sam, got llava", parts["lmm"], parts["lmm"], out)
+    refused(capsys, "sam3_video, got llava", parts["lmm"], parts["lmm"], out)
     torch.save({"weight": torch.ones(1)}, tmp_path / "sam.pth")
     refused(capsys, "The weights are no original SAM checkpoint", parts["lmm"], tmp_path / "sam.pth", out)
     original = sam_to_original(parts["sam_model"].state_dict())

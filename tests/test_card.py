@@ -104,11 +104,15 @@ def test_settings_show(folder):
 
 def test_parts_that_are_left_out_show(folder):
     for settings, present, absent in (
-        ({}, ["- layer policy over 5 layer states", "- SAM with a frame of 64 pixels, prompted by embedding"], "no "),
+        (
+            {},
+            ["- layer policy over 5 layer states", "- SAM `sam` with a frame of 64 pixels, prompted by embedding"],
+            "no ",
+        ),
         ({"sam_config": None}, ["- layer policy over", "- no mask head: a segment is its similarity map"], "- SAM"),
         (
             {"layer_policy": False, "layer_selection": 3},
-            ['- no layer policy, `layer_selection="3"` of 5 layer states', "- SAM with a frame"],
+            ['- no layer policy, `layer_selection="3"` of 5 layer states', "- SAM `sam` with a frame"],
             "- layer policy",
         ),
     ):

@@ -26,7 +26,7 @@ from evaluate import Metric
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from PIL import Image
-from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model
+from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_model, tiny_sam2_config
 from tiny_processor import tiny_processor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -447,6 +447,30 @@ def sam_is_called_by_its_parts(model, folder):
     )
     assert masks.shape == (2, 1, 1, 16, 16) and scores.shape == (2, 1, 1)
     assert sam.vision_encoder.patch_embed.projection.weight.dtype == sam.mask_decoder.iou_token.weight.dtype
+
+
+@check
+def sam2_is_called_by_its_parts(model, folder):
+    """
+    SAM 2 encodes to three maps from fine to coarse, its decoder swaps masks in evaluation only if told, and gives
+    masks, IoU, tokens and presence; its prompt encoder gives no sparse prompt for a mask alone.
+    """
+    sam = tiny_model(sam_config=tiny_sam2_config()).mask_decoder.sam
+    maps = sam.vision_encoder(torch.zeros(1, 3, 64, 64)).fpn_hidden_states
+    assert [tuple(values.shape) for values in maps] == [(1, 16, side, side) for side in (16, 8, 4)]
+    assert sam.prompt_encoder(None, None, None, torch.zeros(1, 1, 16, 16))[0] is None
+    assert sam.prompt_encoder.mask_input_size == (16, 16) and sam.no_memory_embedding.shape == (1, 1, 16)
+    decoder = sam.mask_decoder
+    assert uses(type(decoder).forward, "dynamic_multimask_via_stability") and uses(type(decoder).forward, "training")
+    found = decoder(
+        image_embeddings=maps[2],
+        image_positional_embeddings=sam.get_image_wide_positional_embeddings(),
+        sparse_prompt_embeddings=torch.zeros(1, 1, 1, 16),
+        dense_prompt_embeddings=torch.zeros(1, 16, 4, 4),
+        multimask_output=False,
+        high_resolution_features=[decoder.conv_s0(maps[0]), decoder.conv_s1(maps[1])],
+    )
+    assert [tuple(values.shape) for values in found] == [(1, 1, 1, 16, 16), (1, 1, 1), (1, 1, 1, 16), (1, 1, 1)]
 
 
 @check

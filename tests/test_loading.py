@@ -468,7 +468,7 @@ WRONG_SETTINGS = {
     "point_thresholds nan": ((float("nan"), 0.1), r"point_thresholds must be two numbers in 0..1.*, got \(nan"),
     "point_thresholds one": ((0.5,), r"point_thresholds must be two numbers in 0..1.*, got \(0.5,\)"),
     "image_frame": ("tiles", r"image_frame must be one of \('letterbox', 'centre_crop', 'stretch'\), got 'tiles'"),
-    "mask_head": ("queries", r"mask_head must be one of \(None, 'sam'\), got 'queries'"),
+    "mask_head": ("queries", r"mask_head must be one of \(None, 'sam', 'sam2'\), got 'queries'"),
     "point_thresholds number": (0.5, "point_thresholds must be two numbers in 0..1.*, got 0.5"),
     "point_thresholds text": (("a", "b"), r"point_thresholds must be two numbers in 0..1.*, got \('a', 'b'\)"),
     "sam_config": (None, r"prompts are for a mask head, which needs a sam_config, got \('mask',\) without one"),

@@ -183,13 +183,13 @@ def test_the_cache_has_a_limit_distrusts_broken_files_and_knows_its_encoder(tmp_
     embedding = torch.randn(16, 4, 4)
     cache = SamEmbeddingCache(tmp_path, encoder, 2.5 * embedding.nbytes / 2**30)
     for key in ("aa1", "bb2", "cc3"):
-        cache.put(key, embedding)
-    assert torch.equal(cache.get("aa1"), embedding) and cache.get("cc3") is None
+        cache.put(key, {"embedding": embedding})
+    assert torch.equal(cache.get("aa1")["embedding"], embedding) and cache.get("cc3") is None
     path = next(tmp_path.rglob("bb2.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     assert cache.get("bb2") is None
     other = tiny_model(seed=1).mask_decoder.sam.vision_encoder.requires_grad_(False)
     assert SamEmbeddingCache(tmp_path, other, 1.0).get("aa1") is None
-    assert torch.equal(SamEmbeddingCache(tmp_path, encoder, 1.0).get("aa1"), embedding)
+    assert torch.equal(SamEmbeddingCache(tmp_path, encoder, 1.0).get("aa1")["embedding"], embedding)
     with pytest.raises(ValueError, match="is trained, so its embeddings cannot be cached"):
         SamEmbeddingCache(tmp_path, encoder.requires_grad_(True), 1.0)

@@ -195,7 +195,7 @@ def test_token_torn_apart_in_text_is_refused(torn):
 def test_other_image_processors_are_refused():
     with pytest.raises(ValueError, match="image_processor.*got ViTImageProcessorPil"):
         UGroundProcessor(ViTImageProcessorPil(), letterbox_image_processor(64), tiny_tokenizer())
-    with pytest.raises(ValueError, match="sam_image_processor.* must make a letterbox, got centre_crop"):
+    with pytest.raises(ValueError, match="sam_image_processor.* must make a letterbox or a stretch, got centre_crop"):
         UGroundProcessor(letterbox_image_processor(28), crop_image_processor(64), tiny_tokenizer())
     uneven = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 14})
     with pytest.raises(ValueError, match="must scale the shortest side and cut a square of the same side out"):

@@ -86,3 +86,13 @@ def test_evaluation_rejects_by_the_checkpoints_threshold(monkeypatch):
     weak = predict(model, processor, [example], ["last"])["last"][0]
     assert kept.rejected == [False] and weak.rejected == [True]
     assert (kept.masks == weak.masks).all()
+
+
+def test_presence_is_weak_by_itself_or_with_the_map():
+    """A segment is weak by either measure, and an answer is rejected if all of its segments are."""
+    rule = {"threshold": 0.5, "presence_threshold": 0.5}
+    assert is_rejected("it is [SEG].", [0.9], presences=[0.4], **rule)
+    assert not is_rejected("it is [SEG].", [0.9], presences=[0.6], **rule)
+    assert is_rejected("[SEG] and [SEG].", [0.9, 0.4], presences=[0.4, 0.9], **rule)
+    assert not is_rejected("[SEG] and [SEG].", [0.9, 0.4], presences=[0.6, 0.1], **rule)
+    assert not is_rejected("it is [SEG].", [0.9], presences=[0.4], threshold=0.5, presence_threshold=0)

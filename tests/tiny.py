@@ -1,7 +1,7 @@
 """Builders of tiny random models for tests: 32-pixel LMM images on a 4x4 token grid, 64-pixel SAM frames."""
 
 import torch
-from transformers import SamConfig
+from transformers import Sam2Config, Sam3TrackerConfig, SamConfig
 
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 
@@ -63,6 +63,64 @@ def tiny_config(**settings) -> UGroundConfig:
     )
     defaults = {"segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN, "sam_config": sam_config}
     return UGroundConfig(lmm_config=lmm_config, **{**defaults, **settings})
+
+
+# Of SAM 2 and the tracker of SAM 3: maps of 16 channels, a decoder with one mask and three others.
+SAM2_PROMPTS = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 16}
+SAM2_DECODER = {
+    "hidden_size": 16,
+    "mlp_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "iou_head_hidden_dim": 16,
+}
+
+
+def tiny_sam2_config() -> Sam2Config:
+    """Frames of 64 pixels, maps of 16, 8 and 4 cells."""
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 8,
+        "image_size": [64, 64],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [8, 12, 16, 20],
+        "num_attention_heads_per_stage": [1, 1, 1, 1],
+        "window_size_per_stage": [4, 4, 4, 2],
+        "window_positional_embedding_background_size": [2, 2],
+        "global_attention_blocks": [3],
+    }
+    vision = {
+        "model_type": "sam2_vision_model",
+        "backbone_config": backbone,
+        "backbone_channel_list": [20, 16, 12, 8],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 16,
+    }
+    return Sam2Config(vision_config=vision, prompt_encoder_config=SAM2_PROMPTS, mask_decoder_config=SAM2_DECODER)
+
+
+def tiny_sam3_config(scale_factors=(4.0, 2.0, 1.0)) -> Sam3TrackerConfig:
+    """Frames of 56 pixels in patches of 14, so that masks of 16 cells do not live at a quarter of the frame."""
+    backbone = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "pretrain_image_size": 28,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+    }
+    vision = {
+        "model_type": "sam3_vision_model",
+        "backbone_config": backbone,
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 16,
+        "scale_factors": [*scale_factors],
+    }
+    prompts = {**SAM2_PROMPTS, "image_size": 56, "patch_size": 14}
+    return Sam3TrackerConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=SAM2_DECODER)
 
 
 def tiny_model(seed: int = 0, **settings) -> UGroundForReferringSegmentation:

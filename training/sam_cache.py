@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from uground.modeling_uground.hub_files import give_usual_mode
+from uground.modeling_uground.mask_head import ImageMaps, from_maps, maps_of
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +25,11 @@ def encoder_key(encoder: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def join_images(found: list[dict[str, torch.Tensor]]) -> ImageMaps:
+    """What a mask head made of several images, of [`SamEmbeddingCache.look_up`]; all are there."""
+    return from_maps({name: torch.stack([maps[name] for maps in found]) for name in found[0]})
 
 
 class SamEmbeddingCache:
@@ -56,19 +62,19 @@ class SamEmbeddingCache:
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def get(self, key: str) -> torch.Tensor | None:
-        """An embedding `(C, S/16, S/16)`, or `None` where there is none that can be read."""
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The maps `(C, h, w)` of an image by name, or `None` where there are none that can be read."""
         try:
-            return load_file(self._path(key))["embedding"]
+            return load_file(self._path(key))
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
             logger.warning(f"the cached embedding {self._path(key)} cannot be read and is made anew: {error}")
             return None
 
-    def put(self, key: str, embedding: torch.Tensor) -> None:
-        """Keep an embedding `(C, S/16, S/16)`, unless the limit is reached."""
-        size = embedding.numel() * embedding.element_size()
+    def put(self, key: str, maps: dict[str, torch.Tensor]) -> None:
+        """Keep the maps `(C, h, w)` of an image, unless the limit is reached."""
+        size = sum(values.numel() * values.element_size() for values in maps.values())
         if self._used + size > self.limit and not self._is_full:
             # Other processes write too: look before giving up.
             self._used = self._size_on_disk()
@@ -80,25 +86,30 @@ class SamEmbeddingCache:
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         draft = path.with_name(f".{uuid.uuid4().hex}.part")
-        save_file({"embedding": embedding.detach().cpu().contiguous()}, draft)
+        save_file({name: values.detach().cpu().contiguous() for name, values in maps.items()}, draft)
         give_usual_mode(draft)
         os.replace(draft, path)
         self._used += size
 
-    def look_up(self, keys: list[str], device: torch.device) -> list[torch.Tensor | None]:
-        """The embeddings of a batch of images, `None` for each that is not here."""
+    def look_up(self, keys: list[str], device: torch.device) -> list[dict[str, torch.Tensor] | None]:
+        """The maps of a batch of images, `None` for each that is not here."""
         found = map(self.get, keys)
-        return [None if embedding is None else embedding.to(device) for embedding in found]
+        return [None if maps is None else {name: values.to(device) for name, values in maps.items()} for maps in found]
 
-    def keep(self, keys: list[str], found: list[torch.Tensor | None], embeddings: torch.Tensor) -> None:
+    def keep(self, keys: list[str], found: list[dict[str, torch.Tensor] | None], embeddings: ImageMaps) -> None:
         """
         Keep what was made because it was not here.
 
         Args:
             keys, found: of [`look_up`].
-            embeddings (`(I, C, S/16, S/16)`): of all the images.
+            embeddings: of all the images, as the mask head makes them.
         """
-        missing = {key: embeddings[image] for image, key in enumerate(keys) if found[image] is None}
-        for key, embedding in missing.items():
-            self.put(key, embedding)
+        maps = maps_of(embeddings)
+        missing = {
+            key: {name: values[image] for name, values in maps.items()}
+            for image, key in enumerate(keys)
+            if found[image] is None
+        }
+        for key, of_image in missing.items():
+            self.put(key, of_image)
         self.encoded += len(missing)

@@ -32,7 +32,7 @@ from uground.training.objectives.reward_baseline import BaselineTraining, Reward
 from uground.training.repeated_items import count_only, own_images
 from uground.training.resume import ResumeMixin
 from uground.training.running_means import RunningMeans
-from uground.training.sam_cache import SamEmbeddingCache
+from uground.training.sam_cache import SamEmbeddingCache, join_images
 from uground.training.training_config import UGroundTrainingConfig, freeze, freeze_unused
 
 # Rules that draw layers; evaluation takes the likeliest instead, so that its figures do not hang on the draws.
@@ -283,7 +283,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         if cache is not None:
             found = cache.look_up(keys, self.accelerator.device)
             if self._all_found(all(embedding is not None for embedding in found)):
-                model_inputs["sam_embeddings"] = torch.stack(found)
+                model_inputs["sam_embeddings"] = join_images(found)
         outputs = model(**model_inputs, num_items_in_batch=step_tokens)
         if cache is not None and "sam_embeddings" not in model_inputs:
             cache.keep(keys, found, outputs.sam_embeddings)

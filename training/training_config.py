@@ -65,6 +65,9 @@ class UGroundTrainingConfig(SFTConfig):
     policy_weight: float = field(default=0.4, metadata={"help": "weight of REINFORCE"})
     entropy_weight: float = field(default=0.0, metadata={"help": "weight of the policy's entropy, which is raised"})
     iou_weight: float = field(default=0.0, metadata={"help": "weight of the error of SAM's IoU estimate"})
+    presence_weight: float = field(
+        default=1.0, metadata={"help": "weight of the BCE of presence, for a mask head that estimates it (SAM 2)"}
+    )
     critic_beta: float = field(default=1.0, metadata={"help": "weight of the critic's own loss within REINFORCE"})
     trainable: list[str] | None = field(
         default=None, metadata={"help": "parts of parameter names to train; by default all but the two encoders"}
@@ -155,6 +158,7 @@ class UGroundTrainingConfig(SFTConfig):
             policy=self.policy_weight,
             entropy=self.entropy_weight,
             iou=self.iou_weight,
+            presence=self.presence_weight,
         )
 
     def map_target(self) -> MapTarget:
@@ -209,9 +213,10 @@ def freeze_unused(model: PreTrainedModel, weights: LossWeights, policy: bool = T
     unused = [f"lmm.{name}" for name in model.adapter.unused()]
     if not weights.text:
         unused.append(f"lmm.{model.adapter.names.head}")
-    draws_masks = head is not None and bool(weights.mask_bce or weights.mask_dice or weights.iou)
+    presence = head is not None and head.has_presence and bool(weights.presence)
+    draws_masks = head is not None and bool(weights.mask_bce or weights.mask_dice or weights.iou or presence)
     if draws_masks:
-        names = (*head.frozen, *head.unused(prompts, scores=bool(weights.iou)))
+        names = (*head.frozen, *head.unused(prompts, bool(weights.iou), presence))
         unused += [f"mask_decoder.{name}" for name in names]
     else:
         unused += ["mask_decoder", "segment_projection"]

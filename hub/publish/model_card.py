@@ -218,7 +218,8 @@ def _parts(config: UGroundConfig | None) -> str:
         if config.layer_policy
         else f'- no layer policy, `layer_selection="{config.layer_selection}"` of {config.num_layers} layer states',
         f'- similarity map, `similarity_scaling="{config.similarity_scaling}"`',
-        f"- SAM with a frame of {config.head_frame.side} pixels, prompted by {', '.join(config.prompts)}"
+        f"- SAM `{config.sam_config.model_type}` with a frame of {config.head_frame.side} pixels, prompted by "
+        f"{', '.join(config.prompts)}"
         if config.mask_head
         else "- no mask head: a segment is its similarity map",
     ]

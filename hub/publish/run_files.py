@@ -37,6 +37,7 @@ SETTINGS_THAT_MATTER = (
     "policy_weight",
     "entropy_weight",
     "iou_weight",
+    "presence_weight",
     "critic_beta",
     "trainable",
     "max_length",

@@ -28,7 +28,7 @@ from uground.training.objectives.losses import (
     positive_weight,
 )
 
-GROUNDING_TERMS = ("mask_bce", "mask_dice", "map_bce", "map_dice", "iou", "entropy")
+GROUNDING_TERMS = ("mask_bce", "mask_dice", "map_bce", "map_dice", "iou", "presence", "entropy")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def grounding_terms(
             per_mask["mask_bce"] = mask_bce_loss(logits, masks, None, valid)
             per_mask["mask_dice"] = mask_dice_loss(logits, masks, None, valid)
             per_mask["iou"] = _iou_error(outputs.iou_scores[segments], logits, masks, valid)
+        if outputs.presence_logits is not None:
+            per_mask["presence"] = presence_loss(outputs.presence_logits[segments], masks, valid)
         if outputs.layer_logits is not None:
             per_mask["entropy"] = entropy_bonus(outputs.layer_logits[segments], None)
         terms |= {name: terms[name] + values.sum() / num_masks for name, values in per_mask.items()}
@@ -124,6 +126,8 @@ def connected_zero(outputs: UGroundOutput, weights: LossWeights) -> torch.Tensor
         parts.append(outputs.mask_logits)
     if weights.iou:
         parts.append(outputs.iou_scores)
+    if weights.presence:
+        parts.append(outputs.presence_logits)
     if weights.policy or weights.entropy:
         parts.append(outputs.layer_logits)
     return sum(0.0 * part.sum() for part in parts if part is not None)
@@ -135,6 +139,24 @@ def _iou_error(iou_scores, logits, masks, valid) -> torch.Tensor:
     union = (found | wanted).sum((1, 2))
     iou = (found & wanted).sum((1, 2)) / union.clamp_min(1)
     return (iou_scores - iou.detach()) ** 2
+
+
+def presence_loss(logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Binary cross-entropy of presence: a thing is there if its mask is not empty.
+
+    Args:
+        logits (`(n,)`): that the thing is there.
+        masks, valid (`(n, H, W)`): targets in 0..1, and pixels that count. Of a thing of which none counts it is not
+            known whether it is there.
+
+    Returns:
+        `(n,)` float32; 0 where it is not known.
+    """
+    there = ((masks > 0.5) & valid).flatten(1).any(1)
+    known = there | valid.flatten(1).any(1)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), there.float(), reduction="none")
+    return losses * known
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class LossWeights:
     """How the terms are added: `loss = Σ weight · term`, entropy with a minus sign because more of it is better.
 
     The defaults are the official weights: BCE 2.0 and dice 4.0, the same for mask and map, policy 0.4, no entropy
-    bonus. A recipe that needs another balance sets its own; `official()` names the preset of the released scripts.
+    bonus; the official code has no head that estimates presence. A recipe that needs another balance sets its own;
+    `official()` names the preset of the released scripts.
     """
 
     text: float = 1.0
@@ -43,6 +44,7 @@ class LossWeights:
     policy: float = 0.4
     entropy: float = 0.0
     iou: float = 0.0
+    presence: float = 1.0
 
     @classmethod
     def official(cls) -> "LossWeights":
