@@ -1,4 +1,4 @@
-"""Ask the same or listed queries of many images; write answers and masks as parquet.
+"""Ask the same or listed queries of many images; write answers and masks as parquet, JSON lines or COCO.
 
     python -m uground.apps.annotate --input photos/ --queries queries.txt --output annotated/
     python -m uground.apps.annotate --input user/dataset --split train --queries asked.jsonl --output annotated/
@@ -9,7 +9,13 @@
 row.
 
 The images are cut into shards of --shard-size, each written at once as `part-NNNNNNNN.parquet`, one row per image and
-query. After an interruption the same command, on any number of processes, goes on with the shards that are missing.
+query; or as .jsonl with the same rows, or as .json of COCO, whose categories are the queries. After an interruption
+the same command, on any number of processes, goes on with the shards that are missing.
+
+--input may also be a stream, of which no local copy is made: a .parquet, .jsonl or .tar file (of WebDataset), a folder
+or pattern of such files, or, with --stream, a Hub id. Every process reads its own part and names its shards by its
+number, so that an interrupted run goes on with as many processes as before.
+
 An image that cannot be read, or a query that cannot be asked, is recorded in the column `error`.
 """
 
@@ -23,23 +29,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as compute
-import pyarrow.parquet as parquet
 import torch
 import transformers
+from accelerate import PartialState
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from uground import tiny_checkpoint
 from uground.apps.annotation_inputs import ImageSource, open_source, read_queries
+from uground.apps.annotation_outputs import FORMATS, OutputFolder, encode_segment
+from uground.apps.annotation_streams import is_stream, open_stream, read_chunks, read_stream_queries
 from uground.checkpoint_loading import load_model, load_processor
 from uground.command_line import LOADING_DTYPES, RESUMABLE, one_line, run_command
 from uground.job_processes import job_state
+from uground.processing import draw_result
 from uground.processing.halving import is_out_of_memory
 from uground.processing.image_reading import read_image
 from uground.processing.pipeline_uground import ReferringSegmentationPipeline
@@ -47,27 +53,6 @@ from uground.processing.pipeline_uground import ReferringSegmentationPipeline
 LAYER_RULES = ("argmax", "last", "sample", "mc")
 # Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.
 SETTINGS_FILE, EARLIER_SETTINGS_FILE = ".annotate.json", "annotate.json"
-# Failures in the closing line, and characters of each.
-FAILURES_SHOWN, REASON_SHOWN = 5, 200
-SEGMENT = pa.struct(
-    [
-        ("label", pa.string()),
-        ("score", pa.float32()),
-        ("box", pa.list_(pa.int32())),
-        ("layer", pa.int32()),
-        ("mask", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
-    ]
-)
-ROW = pa.schema(
-    [
-        ("image", pa.string()),
-        ("query_index", pa.int32()),
-        ("query", pa.string()),
-        ("answer", pa.string()),
-        ("segments", pa.list_(SEGMENT)),
-        ("error", pa.string()),
-    ]
-)
 
 
 def prefetch(numbers: Sequence[int], prepare: Callable[[int], object], ahead: int) -> Iterator:
@@ -111,7 +96,8 @@ class Annotator:
     Args:
         pipe: the pipeline, its settings given when it was made.
         source, queries: images, and what is asked about each.
-        folder: where shards go.
+        output: where shards go.
+        min_area: segments of fewer pixels are left out.
         batch_size: images that go through the model at a time.
         ahead: images read and prepared ahead of the model.
     """
@@ -121,15 +107,16 @@ class Annotator:
         pipe: ReferringSegmentationPipeline,
         source: ImageSource,
         queries: list[list[str]],
-        folder: Path,
+        output: OutputFolder,
         batch_size: int,
         ahead: int,
+        min_area: int = 0,
     ):
-        self.pipe, self.source, self.queries, self.folder = pipe, source, queries, folder
-        self.batch_size, self.ahead = batch_size, max(ahead, 1)
-        self.answered, self.refusal = 0, None
+        self.pipe, self.source, self.queries, self.output = pipe, source, queries, output
+        self.batch_size, self.ahead, self.min_area = batch_size, max(ahead, 1), min_area
+        self.answered, self.refusal, self.pictures = 0, None, None
 
-    def write_shard(self, shard: int, numbers: Sequence[int], progress: tqdm) -> None:
+    def write_shard(self, shard: int | str, numbers: Sequence[int], progress: tqdm) -> None:
         """
         Ask about the images of these numbers; the file of the shard appears whole or not at all.
 
@@ -138,6 +125,7 @@ class Annotator:
             MemoryError: not even a part of a batch fits into memory.
         """
         rows, batch = [], []
+        self.pictures = self.output.begin_pictures()
         for image in prefetch(numbers, self._prepare, self.ahead):
             rows += [self._row(image.number, place, error=error) for place, error in image.errors.items()]
             if image.tensors is None:
@@ -152,10 +140,7 @@ class Annotator:
             raise ValueError(f"the model answers nothing: {self.refusal}")
         order = {number: place for place, number in enumerate(numbers)}
         rows.sort(key=lambda row: (order[row["number"]], row["query_index"]))
-        table = pa.Table.from_pylist([{name: row[name] for name in ROW.names} for row in rows], schema=ROW)
-        partial = self.folder / f".{uuid.uuid4().hex}.partial"
-        parquet.write_table(table, partial)
-        partial.replace(shard_path(self.folder, shard))
+        self.output.finish(shard_name(shard), rows, self.pictures)
 
     def _prepare(self, number: int, places: Sequence[int] | None = None) -> PreparedImage:
         """An image with its queries, or with those at some places."""
@@ -171,7 +156,10 @@ class Annotator:
     def _encode(self, number: int, picture: Image.Image, places: list[int]) -> PreparedImage:
         item = {"image": picture, "text": [self.queries[number][place] for place in places]}
         try:
-            return PreparedImage(number, places, self.pipe.preprocess(item), {})
+            tensors = self.pipe.preprocess(item)
+            # Whole pictures wait for the model only where they are drawn on.
+            tensors["image"] = picture if self.pictures is not None else None
+            return PreparedImage(number, places, tensors, {})
         except (OSError, ValueError, TypeError) as error:
             refused = PreparedImage(number, [], None, dict.fromkeys(places, one_line(error)))
         if len(places) == 1:
@@ -215,13 +203,19 @@ class Annotator:
         return [row for one in alone for row in self._ask([one])]
 
     def _row(self, number: int, place: int, result: dict | None = None, error: str | None = None) -> dict:
+        segments = [] if result is None else [one for one in result["segments"] if one.area >= self.min_area]
+        if result is not None and self.pictures is not None:
+            result["segments"] = segments
+            draw_result(result.image, result).save(self.pictures / f"image-{number:08d}-query-{place:03d}.png")
         return {
             "number": number,
             "image": storable(self.source.ids[number]),
             "query_index": place,
             "query": storable(self.queries[number][place]),
             "answer": None if result is None else result["answer"],
-            "segments": [] if result is None else [_encode_segment(segment) for segment in result["segments"]],
+            "segments": [encode_segment(segment) for segment in segments],
+            "areas": [segment.area for segment in segments],
+            "size": None if result is None else result.size,
             "error": None if error is None else storable(error),
         }
 
@@ -231,15 +225,9 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _encode_segment(segment: dict) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(np.asarray(segment["mask"]) > 0, dtype=np.uint8))
-    mask = {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
-    return {**{name: segment[name] for name in ("label", "score", "box", "layer")}, "mask": mask}
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    """File of a shard."""
-    return folder / f"part-{shard:08d}.parquet"
+def shard_name(shard: int | str) -> str:
+    """What a shard is called, between `part-` and the ending of its file."""
+    return shard if isinstance(shard, str) else f"{shard:08d}"
 
 
 def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespace], object]) -> Path:
@@ -258,28 +246,62 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
     """
     state, folder = job_state(), Path(args.output)
     check_arguments(args)
+    output = OutputFolder(folder, args.format, None if args.overlays is None else Path(args.overlays))
+    if args.stream or is_stream(args.input):
+        return annotate_stream(args, state, output, make_pipeline)
     source = open_source(args.input, args.split, args.image_column)
     queries = read_queries(args.queries, source.ids)
     numbers = [number for number, asked in enumerate(queries) if asked]
     shards = [numbers[start : start + args.shard_size] for start in range(0, len(numbers), args.shard_size)]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        check_settings(folder, _settings(args, source, queries))
-        for partial in folder.glob(".*.partial"):
-            partial.unlink()
+        asked = hashlib.sha256(json.dumps([source.ids, queries]).encode()).hexdigest()
+        check_settings(folder, _settings(args) | {"images_and_queries": asked})
+        output.clear()
     state.wait_for_everyone()
-    missing = [shard for shard in range(len(shards)) if not shard_path(folder, shard).is_file()]
+    missing = [shard for shard in range(len(shards)) if not output.shard(shard_name(shard)).is_file()]
     # Nobody may write before everybody has looked: all must see the same shards missing.
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
     if mine:
-        annotator = Annotator(make_pipeline(args), source, queries, folder, args.batch_size, args.prefetch)
+        sizes = (args.batch_size, args.prefetch, args.min_area)
+        annotator = Annotator(make_pipeline(args), source, queries, output, *sizes)
         total = sum(len(shards[shard]) for shard in mine)
         with tqdm(total=total, unit="image", disable=not state.is_local_main_process) as progress:
             for shard in mine:
                 annotator.write_shard(shard, shards[shard], progress)
     state.wait_for_everyone()
     return folder
+
+
+def annotate_stream(
+    args: argparse.Namespace, state: PartialState, output: OutputFolder, make_pipeline: Callable
+) -> Path:
+    """[`annotate`] for a stream: each process goes through its part, shard by shard, from the first missing one on."""
+    queries = read_stream_queries(args.queries)
+    stream = open_stream(args.input, args.split, args.image_column, state.process_index, state.num_processes)
+    if state.is_main_process:
+        output.path.mkdir(parents=True, exist_ok=True)
+        asked = hashlib.sha256(json.dumps([queries.everywhere, queries.by_image]).encode()).hexdigest()
+        settings = _settings(args) | {"images_and_queries": asked, "processes": state.num_processes}
+        check_settings(output.path, settings)
+        output.clear()
+    state.wait_for_everyone()
+    annotator, done = None, 0
+    with tqdm(unit="image", disable=not state.is_local_main_process) as progress:
+        names = (f"{state.process_index:05d}-{number:08d}" for number in count())
+        while output.shard(name := next(names)).is_file():
+            done += 1
+        for source in read_chunks(stream, args.shard_size, done):
+            chunk = [queries.of(image) for image in source.ids]
+            if annotator is None:
+                sizes = (args.batch_size, args.prefetch, args.min_area)
+                annotator = Annotator(make_pipeline(args), source, chunk, output, *sizes)
+            annotator.source, annotator.queries = source, chunk
+            annotator.write_shard(name, [number for number, asked in enumerate(chunk) if asked], progress)
+            name = next(names)
+    state.wait_for_everyone()
+    return output.path
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -291,6 +313,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.min_area < 0:
+        raise ValueError(f"--min-area must be at least 0, got {args.min_area}")
+    if args.overlays is not None and Path(args.overlays).absolute() == Path(args.output).absolute():
+        raise ValueError(f"--overlays must name another folder than --output, got {args.overlays} for both")
+    for name in ("output", "overlays"):
+        if getattr(args, name) is not None and Path(getattr(args, name)).is_file():
+            raise NotADirectoryError(f"--{name} must name a folder, got the file {getattr(args, name)}")
     for name in ("threshold", "reject_threshold"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
@@ -300,7 +329,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--layer-selection must be {', '.join(LAYER_RULES)} or a number, got {selection!r}")
 
 
-def _settings(args: argparse.Namespace, source: ImageSource, queries: list[list[str]]) -> dict:
+def _settings(args: argparse.Namespace) -> dict:
     """Everything that the rows depend on, for an interrupted run to be recognised."""
     names = (
         "input",
@@ -311,16 +340,13 @@ def _settings(args: argparse.Namespace, source: ImageSource, queries: list[list[
         "reject_threshold",
         "layer_selection",
         "dtype",
+        "format",
+        "min_area",
     )
-    asked = json.dumps([source.ids, queries]).encode()
     given = {name: getattr(args, name) for name in names}
     if args.reject_threshold is None:
         del given["reject_threshold"]  # the checkpoint's, which `model` tells
-    return {
-        **given,
-        "model": args.model or "uground-tiny",
-        "images_and_queries": hashlib.sha256(asked).hexdigest(),
-    }
+    return {**given, "model": args.model or "uground-tiny"}
 
 
 def check_settings(folder: Path, settings: dict) -> None:
@@ -333,8 +359,8 @@ def check_settings(folder: Path, settings: dict) -> None:
     path, earlier = folder / SETTINGS_FILE, folder / EARLIER_SETTINGS_FILE
     found = next((file for file in (path, earlier) if file.is_file()), None)
     if found is None:
-        if any(folder.glob("part-*.parquet")):
-            raise ValueError(f"--output {folder} holds parquet files of something else; choose another folder")
+        if any(file for kind in FORMATS.values() for file in folder.glob(f"part-*{kind.ending}")):
+            raise ValueError(f"--output {folder} holds files of something else; choose another folder")
         partial = folder / f".{uuid.uuid4().hex}.partial"
         partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
         partial.replace(path)
@@ -343,6 +369,7 @@ def check_settings(folder: Path, settings: dict) -> None:
         before = dict(json.loads(found.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{found} must hold the settings of a job, but {one_line(error)}") from error
+    before = {"format": "parquet", "min_area": 0, **before}  # as release 0.1.0 had no choice
     changed = [name for name, value in settings.items() if before.get(name) != value]
     if changed:
         name = changed[0]
@@ -392,14 +419,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", required=True, help=".txt or .jsonl file")
     parser.add_argument("--output", required=True, help="folder to write to, shared by all processes")
     parser.add_argument("--model", help="checkpoint folder or Hub id (default: the bundled tiny checkpoint)")
-    parser.add_argument("--split", help="split of a dataset")
+    parser.add_argument("--stream", action="store_true", help="read a Hub id or a folder of images as a stream")
+    parser.add_argument("--split", help="split of a dataset (of a stream by default train)")
     parser.add_argument("--image-column", default="image", help="column of a dataset that holds the images")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, help="most queries at a time (default: the model's)")
     parser.add_argument("--shard-size", type=int, default=256, help="images per file (default: %(default)s)")
     parser.add_argument("--prefetch", type=int, default=16, help="images prepared ahead (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")
-    parser.add_argument("--threshold", type=float, default=0.0, help="leave out segments with a lower score in 0..1")
+    parser.add_argument("--format", choices=FORMATS, default="parquet", help="of the shards (default: %(default)s)")
+    parser.add_argument("--overlays", metavar="DIR", help="draw every answer, into a folder per shard")
+    parser.add_argument(
+        "--min-score",
+        "--threshold",
+        dest="threshold",
+        type=float,
+        default=0.0,
+        help="leave out segments with a lower score in 0..1",
+    )
+    parser.add_argument("--min-area", type=int, default=0, help="leave out segments of fewer pixels")
     parser.add_argument(
         "--reject-threshold",
         type=float,
@@ -413,25 +451,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def closing_line(folder: Path) -> str:
-    """How many rows there are, and which of them failed and why: the first few."""
-    files, rows, failed = sorted(folder.glob("part-*.parquet")), 0, 0
-    places: dict[tuple[str, str], list[int]] = {}
-    for path in files:
-        table = parquet.read_table(path, columns=["image", "query_index", "error"])
-        rows += len(table)
-        for row in table.filter(compute.is_valid(table["error"])).to_pylist():
-            failed += 1
-            places.setdefault((row["image"], row["error"]), []).append(row["query_index"])
-    line = f"{rows} rows in {len(files)} files in {folder}, {failed} of them failed"
-    shown = [
-        f"{image}{f' query_index {found[0]}' if len(found) == 1 else ''}: {error[:REASON_SHOWN]}"
-        for (image, error), found in list(places.items())[:FAILURES_SHOWN]
-    ]
-    more = len(places) - len(shown)
-    return f"{line}: {'; '.join(shown)}{f'; and {more} more' if more else ''}" if shown else line
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, or 2 after an error, of which one line was written to stderr."""
     args = build_parser().parse_args(argv)
@@ -443,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     folder = annotate(args, load_pipeline)
     if job_state().is_main_process:
-        print(closing_line(folder))
+        print(OutputFolder(folder, args.format).closing_line())
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -78,18 +79,24 @@ def _dataset_source(data: Dataset | DatasetDict, name: str, split: str | None, c
         raise ValueError(f"the column {column} of {name} must hold images, got {data.features[column]}") from error
     ids = [str(value) for value in data["id"]] if "id" in data.column_names else [str(i) for i in range(len(data))]
 
-    def read(number: int):
-        entry = data[number][column]
-        if entry is None or (entry["bytes"] is None and entry["path"] is None):
-            raise ValueError("there is no image")
-        if entry["bytes"] is None:
-            return entry["path"]
-        with picture_errors("the image"):
-            picture = Image.open(io.BytesIO(entry["bytes"]))
-            picture.load()
-        return picture
+    return ImageSource(ids, lambda number: read_entry(data[number][column]))
 
-    return ImageSource(ids, read)
+
+def read_entry(entry: dict | None) -> Any:
+    """
+    What the pipeline takes as an image, of an undecoded entry of `datasets`.
+
+    Raises:
+        OSError, ValueError: there is none, or it is broken.
+    """
+    if entry is None or (entry["bytes"] is None and entry["path"] is None):
+        raise ValueError("there is no image")
+    if entry["bytes"] is None:
+        return entry["path"]
+    with picture_errors("the image"):
+        picture = Image.open(io.BytesIO(entry["bytes"]))
+        picture.load()
+    return picture
 
 
 def read_queries(path: str, ids: Sequence[str]) -> list[list[str]]:
@@ -112,7 +119,7 @@ def read_queries(path: str, ids: Sequence[str]) -> list[list[str]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        image, queries = _read_line(line, f"{path}:{number}")
+        image, queries = read_query_line(line, f"{path}:{number}")
         if image not in asked:
             raise ValueError(f"{path}:{number}: the line asks about the image {image!r}, which is not in --input")
         asked[image] += queries
@@ -121,7 +128,13 @@ def read_queries(path: str, ids: Sequence[str]) -> list[list[str]]:
     return [asked[image] for image in ids]
 
 
-def _read_line(line: str, place: str) -> tuple[str, list[str]]:
+def read_query_line(line: str, place: str) -> tuple[str, list[str]]:
+    """
+    Image and queries of a line of a .jsonl file.
+
+    Raises:
+        ValueError: it holds something else; the sentence begins with `place`.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -137,4 +150,4 @@ def _read_line(line: str, place: str) -> tuple[str, list[str]]:
     return str(image), queries
 
 
-__all__ = ["ImageSource", "open_source", "read_queries"]
+__all__ = ["ImageSource", "open_source", "read_entry", "read_queries", "read_query_line"]

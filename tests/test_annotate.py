@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import struct
+import tarfile
 import threading
 import time
 import zlib
@@ -19,10 +20,12 @@ from datasets import Image as ImageFeature
 from PIL import Image, features
 from processes import Command
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from tiny import SEGMENT_TOKEN, say_only, tiny_model
 from tiny_processor import gradient_image, tiny_processor, write
 
 from uground.apps import annotate
+from uground.apps.annotation_outputs import OutputFolder
 from uground.processing import ReferringSegmentationPipeline
 from uground.processing.halving import halve_batch
 
@@ -194,7 +197,7 @@ def test_no_bad_input_ends_a_job(folder, pipe, as_dataset):
     assert set(errors) == (set(contents) | ({"none"} if as_dataset else set())) - {"whole.jpg"}
     assert "too large" in errors["bomb.png"] and "\n" not in "".join(errors.values())
     assert sum(row["answer"] is not None for row in rows_of(folder)) == 2
-    line = annotate.closing_line(folder / "out")
+    line = OutputFolder(folder / "out").closing_line()
     assert line.startswith(f"{2 * len(errors) + 2} rows in ") and f"{2 * len(errors)} of them failed: " in line
     assert f"bomb.png: {errors['bomb.png'][:100]}" in line
 
@@ -215,7 +218,7 @@ def test_a_query_that_cannot_be_asked_leaves_the_others(folder, pipe):
     assert "may have 200 tokens" in rows["4.jpg", 1]["error"]
     alone = pipe(str(folder / "images/1.jpg"), "a boat", generate_kwargs=write(pipe.processor, ANSWER))
     assert [segment["box"] for segment in rows["1.jpg", 2]["segments"]] == [s["box"] for s in alone["segments"]]
-    assert "; 4.jpg query_index 1: query 1 is too long" in annotate.closing_line(folder / "out")
+    assert "; 4.jpg query_index 1: query 1 is too long" in OutputFolder(folder / "out").closing_line()
 
 
 def test_names_that_are_no_text_are_written_out(folder, pipe):
@@ -298,6 +301,152 @@ def test_a_saved_dataset_is_an_input(folder, pipe):
     assert rows[0]["error"] is None and rows[2]["error"]
     with pytest.raises(ValueError, match="--image-column must be one of id, picture, got 'image'"):
         annotate.annotate(arguments(folder, input="data", output="other"), lambda _: pipe)
+
+
+def as_stream(folder, kind):
+    """The images of a folder, as files that are streamed."""
+    files = sorted(path for path in (folder / "images").rglob("*") if path.suffix in (".png", ".jpg"))
+    if kind == "parquet":
+        rows = [{"id": file.stem, "image": {"bytes": file.read_bytes(), "path": None}} for file in files]
+        features = Features({"id": Value("string"), "image": ImageFeature()})
+        (folder / "stream").mkdir()
+        for part in range(2):
+            data = Dataset.from_list(rows[part::2], features=features)
+            data.to_parquet(folder / "stream" / f"{part}.parquet")
+        return "stream"
+    if kind == "jsonl":
+        lines = [
+            json.dumps({"id": file.stem, "image": f"images/{file.relative_to(folder / 'images')}"}) for file in files
+        ]
+        (folder / "list.jsonl").write_text("\n".join(lines))
+        return "list.jsonl"
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        for file in files:
+            content = io.BytesIO()
+            Image.open(file).save(content, "PNG")
+            info = tarfile.TarInfo(f"{file.stem}.png")
+            info.size = len(content.getvalue())
+            tar.addfile(info, io.BytesIO(content.getvalue()))
+    return "shard-*.tar"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
+def test_streams_are_killed_and_taken_up_by_two_processes(folder, pipe, kind, monkeypatch):
+    annotate.annotate(arguments(folder, output="whole"), lambda _: pipe)
+    given, barrier = as_stream(folder, kind), threading.Barrier(2)
+
+    def state():
+        number = int(threading.current_thread().name)
+        return SimpleNamespace(
+            process_index=number,
+            num_processes=2,
+            is_main_process=number == 0,
+            is_local_main_process=False,
+            wait_for_everyone=lambda: barrier.wait(timeout=120),
+        )
+
+    def work(own):
+        asked, run_batch = [], own.run_batch
+
+        def dying(items):
+            asked.append(len(items))
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return run_batch(items)
+
+        own.run_batch = dying if dies else run_batch
+        try:
+            annotate.annotate(arguments(folder, "--image-column", "image", input=given), lambda _: own)
+        except (KeyboardInterrupt, threading.BrokenBarrierError):
+            barrier.abort()
+        finally:
+            own.run_batch = run_batch
+
+    monkeypatch.setattr(annotate, "job_state", state)
+    pipes = [make_pipe(), make_pipe()]
+    for dies in (True, False):
+        barrier.reset()
+        threads = [threading.Thread(target=work, args=(own,), name=str(n)) for n, own in enumerate(pipes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if dies:
+            before = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("part-*")}
+    assert len(before) == 2 and all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert not list((folder / "out").glob(".*.partial"))
+    rows, whole = rows_of(folder), rows_of(folder, "whole")
+    assert len(rows) == len(whole) == 2 * len(SIZES)
+    found = {(row["image"], row["query"]): row["segments"] for row in rows}
+    for row in whole if kind != "tar" else []:
+        stem = row["image"].rpartition("/")[2].rpartition(".")[0]
+        assert [one["mask"] for one in found[stem, row["query"]]] == [one["mask"] for one in row["segments"]]
+    assert {image for image, _ in found} == {str(number) for number in range(len(SIZES))}
+    assert {path.name.split("-")[1] for path in (folder / "out").glob("part-*")} == {"00000", "00001"}
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was begun with processes=2, got 1"):
+        annotate.annotate(arguments(folder, input=given), lambda _: pipe)
+
+
+def test_streams_that_cannot_be_read_are_refused(folder, pipe):
+    (folder / "broken.parquet").write_bytes(b"nothing")
+    (folder / "mixed").mkdir()
+    for name in ("a.parquet", "b.jsonl"):
+        (folder / "mixed" / name).write_text("{}")
+    given = as_stream(folder, "jsonl")
+    for options, message in (
+        ({"input": "broken.parquet"}, "broken.parquet cannot be read as a dataset"),
+        ({"input": "mixed"}, r"mixed must hold files of one kind, got \.jsonl, \.parquet"),
+        ({"input": given, "queries": "none.txt"}, "--queries .*none.txt does not exist"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            annotate.annotate(arguments(folder, **options), lambda _: pytest.fail("loaded a model for nothing"))
+    with pytest.raises(ValueError, match="--image-column must be one of id, image, got 'picture'"):
+        annotate.annotate(arguments(folder, "--image-column", "picture", input=given), lambda _: pytest.fail("loaded"))
+    (folder / "asked.jsonl").write_text(json.dumps({"image": "3", "query": "a boat"}))
+    annotate.annotate(arguments(folder, input=given, queries="asked.jsonl"), lambda _: pipe)
+    assert [key(row) for row in rows_of(folder)] == [("3", 0)]
+
+
+def test_formats_and_overlays_and_least_areas(folder, pipe):
+    (folder / "images" / "2.jpg").write_bytes(b"no picture")
+    annotate.annotate(arguments(folder, "--overlays", folder / "drawn"), lambda _: pipe)
+    rows = rows_of(folder)
+    annotate.annotate(arguments(folder, "--format", "jsonl", output="lines"), lambda _: pipe)
+    lines = [json.loads(line) for file in sorted((folder / "lines").glob("*.jsonl")) for line in file.open()]
+    for line, row in zip(lines, rows, strict=True):
+        assert list(line) == list(row) and {**line, "segments": 0} == {**row, "segments": 0}
+        assert [one["mask"] for one in line["segments"]] == [one["mask"] for one in row["segments"]]
+    annotate.annotate(arguments(folder, "--format", "coco", output="coco"), lambda _: pipe)
+    found = {}
+    for file in sorted((folder / "coco").glob("part-*.json")):
+        coco = COCO(file)
+        for one in coco.anns.values():
+            name = coco.imgs[one["image_id"]]["file_name"]
+            query = coco.cats[one["category_id"]]["name"]
+            found.setdefault((name, query), []).append((one["segmentation"]["counts"], one["area"]))
+            height, width = one["segmentation"]["size"]
+            assert (coco.imgs[one["image_id"]]["width"], coco.imgs[one["image_id"]]["height"]) == (width, height)
+            assert coco.annToMask(one).sum() == one["area"]
+    wanted = {(row["image"], row["query"]): row["segments"] for row in rows if row["segments"]}
+    assert {key: [counts for counts, _ in value] for key, value in found.items()} == {
+        key: [one["mask"]["counts"] for one in value] for key, value in wanted.items()
+    }
+    expected = OutputFolder(folder / "out").closing_line().replace("/out,", "/coco,")
+    assert OutputFolder(folder / "coco", "coco").closing_line() == expected and "2 of them failed" in expected
+    drawn = sorted(file.relative_to(folder / "drawn").as_posix() for file in (folder / "drawn").rglob("*.png"))
+    assert len(drawn) == sum(row["error"] is None for row in rows)
+    assert (
+        drawn[0] == "part-00000000/image-00000000-query-000.png"
+        and Image.open(folder / "drawn" / drawn[0]).width >= 384
+    )
+    areas = sorted(area for pairs in found.values() for _, area in pairs)
+    least = areas[len(areas) // 2]
+    annotate.annotate(arguments(folder, "--min-area", least, output="large"), lambda _: pipe)
+    kept = sum(len(row["segments"]) for row in rows_of(folder, "large"))
+    assert kept == sum(area >= least for area in areas) and kept > 0
+    with pytest.raises(ValueError, match="was begun with format='parquet', got 'coco'"):
+        annotate.annotate(arguments(folder, "--format", "coco"), lambda _: pipe)
 
 
 def test_images_are_prepared_a_few_ahead_and_in_order():

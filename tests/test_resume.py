@@ -191,6 +191,7 @@ def as_of_release_0_1_0(checkpoint: Path) -> None:
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     (checkpoint / BASELINE_FILE).unlink()
     record = json.loads((checkpoint / RUN_FILE).read_text())
+    del record["presence_weight"]
     settings = {name: record.pop(name) for name in BASELINE_SETTINGS}
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | settings))

@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
+# Recorded since later than the first release.
+LATER = (*BASELINE_SETTINGS, "presence_weight")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -56,15 +58,19 @@ def check_same_run(checkpoint: Path, record: dict) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changes = [
-        f"{name} was {before.get(name)!r} and is {record.get(name)!r}"
-        for name in sorted({*before, *record})
-        if before.get(name) != record.get(name) and (name in before or name not in BASELINE_SETTINGS)
+        f"{name} was {before.get(name)!r} and is {record.get(name)!r}" for name in changed_settings(before, record)
     ]
     if changes:
         raise ValueError(
             f"the run in {Path(checkpoint).parent} cannot go on from {Path(checkpoint).name}, because "
             f"{'; '.join(changes)}: set it back, or name another output_dir for a new run"
         )
+
+
+def changed_settings(before: dict, record: dict) -> list[str]:
+    """Names in which two records differ; what an earlier release did not record had no effect then."""
+    names = sorted({*before, *record})
+    return [name for name in names if before.get(name) != record.get(name) and (name in before or name not in LATER)]
 
 
 def mark_finished(folder: str | os.PathLike, record: dict, steps: int) -> None:
@@ -84,7 +90,7 @@ def finished_steps(folder: str | os.PathLike, record: dict) -> int:
     if not path.is_file():
         return 0
     finished = json.loads(path.read_text(encoding="utf-8"))
-    return finished["steps"] if finished["run"] == record else 0
+    return 0 if changed_settings(finished["run"], record) else finished["steps"]
 
 
 def mark_complete(checkpoint: Path, record: dict) -> None:
