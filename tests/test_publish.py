@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+import yaml
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from loopback_hub import TOKEN, Fault, LoopbackHub, StoredFile, connected
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from tiny_processor import tiny_processor
 from uground.hub import publish_data
 from uground.hub.publish import main
 from uground.hub.publish.card import write_card
+from uground.hub.publish.publishing import staged
 from uground.hub.weights.code_files import code_files
 from uground.modeling_uground import UGroundForReferringSegmentation
 from uground.processing import ReferringSegmentationPipeline
@@ -64,6 +66,24 @@ def error_of(capsys) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m uground.hub.publish")]
     assert len(lines) == 1
     return lines[0]
+
+
+def test_figures_on_data_of_the_hub_become_entries(source):
+    group = {"queries": 4, "ciou": 0.5, "giou": None, "n_acc": 0.25}
+    results = {"figures": {"argmax": {"overall": group}}, "style": "generate", "split": "val", "dataset": "some/refs"}
+    for dataset, expected in (("some/refs", {"val_ciou": 0.5, "val_n_acc": 0.25}), ("scenes", None)):
+        (source / "results.json").write_text(json.dumps(results | {"dataset": dataset}))
+        with staged(source, example=False) as folder:
+            path = folder / ".eval_results" / "uground.yaml"
+            assert path.is_file() is (expected is not None)
+            if expected is not None:
+                entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+                assert {entry.task_id: entry.value for entry in entries} == expected
+                assert {entry.dataset_id for entry in entries} == {"some/refs"}
+                assert entries[0].notes == "cIoU (answers: generate, layer: argmax)"
+                card = ModelCard.load(folder / "README.md")
+                assert {one.metric_type for one in card.data.eval_results} == {"ciou", "n_acc"}
+    (source / "results.json").unlink()
 
 
 def test_dry_run_lists_everything_without_a_network(source, monkeypatch, tmp_path, capsys):

@@ -24,6 +24,7 @@ from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.closure import complete_folder, keep_files, refuse_facts
 from uground.hub.publish.commit import check_repo_id, commit_files, require_token
+from uground.hub.publish.eval_entries import write_eval_entries
 from uground.hub.publish.model_card import check_card
 from uground.hub.publish.recipe_file import RECIPE_FILE
 from uground.hub.weights.checkpoint_folder import (
@@ -94,7 +95,9 @@ def staged(
             _stage_adapter(source, folder, base_model, facts)
         else:
             _stage_checkpoint(source, folder, example, facts)
-        check_card((folder / "README.md").read_text(encoding="utf-8"))
+        card = check_card((folder / "README.md").read_text(encoding="utf-8"))
+        # What the card says, be it ours or the user's, in the form that the Hub reads now.
+        write_eval_entries(folder, card.data.eval_results)
         yield folder
 
 
