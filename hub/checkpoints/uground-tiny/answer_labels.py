@@ -2,6 +2,8 @@
 
 import re
 
+from transformers import ProcessorMixin
+
 from .prompt_format import PLACEHOLDER, PromptFormat
 
 # Words in front of a phrase that name nothing: "Sure, the tree is [SEG]", "… and whatever can swim is [SEG]".
@@ -12,15 +14,17 @@ LEAD_INS = re.compile(
 )
 # What links a phrase to its segment token: "the tree is", "the boat:", "the cup at".
 LINKS = re.compile(r"(?:\s+(?:is|are|was|were|at|here))*[\s,:;=-]*$", re.IGNORECASE)
+# What an answer says of a thing that is not there, around its name: "no boat", "the tree is not in the image".
+ABSENCE = re.compile(r"^no\s+|\s+(?:is|are|was|were)(?:\s+not|n't)\b.*$", re.IGNORECASE)
 # Phrases that only point back to the query: "it is", "the segmentation result is", "they are".
 POINTERS = re.compile(
-    r"^(?:it|they|this|that|these|those|one|there|here"
+    r"^(?:it|they|this|that|these|those|one|none|nothing|there|here"
     r"|(?:the\s+)?(?:segmentation\s+|segmented\s+|predicted\s+)?(?:result|mask|answer|output|object|target|region)s?)?$",
     re.IGNORECASE,
 )
 
 
-def decode_answer(processor, written_ids: list[int]) -> str:
+def decode_answer(processor: ProcessorMixin, written_ids: list[int]) -> str:
     """
     The text of what was written, up to the end of the sequence: without end, beginning and padding tokens, with
     segment and reject tokens.
@@ -36,7 +40,7 @@ def decode_answer(processor, written_ids: list[int]) -> str:
     return re.sub(rf"({marks})\s+(?=[.,;:!?)]|$)", r"\1", text).strip()
 
 
-def recover_query(processor, prompt_ids: list[int]) -> str:
+def recover_query(processor: ProcessorMixin, prompt_ids: list[int]) -> str:
     """
     The last query of a prompt, found as what the chat template does not write itself; `""` if the prompt is not of
     the template's form.
@@ -100,6 +104,17 @@ def label_segments(answer: str, query: str, segment_token: str, reject_token: st
     Returns:
         One label per segment token of `answer`, in reading order.
     """
+    return [label for label, token in _labels(answer, query, segment_token, reject_token) if token == segment_token]
+
+
+def label_absent(answer: str, query: str, segment_token: str, reject_token: str) -> list[str]:
+    """What each reject token of an answer says is not there, named as by [`label_segments`]."""
+    labels = [label for label, token in _labels(answer, query, segment_token, reject_token) if token == reject_token]
+    return [ABSENCE.sub("", label) or query for label in labels]
+
+
+def _labels(answer: str, query: str, segment_token: str, reject_token: str) -> list[tuple[str, str]]:
+    """Name and token of each segment or reject token of an answer."""
     marks = "|".join(map(re.escape, (segment_token, reject_token)))
     pieces = re.split(f"({marks})", answer)
     groups: list[tuple[str, list[str]]] = []
@@ -112,7 +127,7 @@ def label_segments(answer: str, query: str, segment_token: str, reject_token: st
     for phrase, tokens in groups:
         names = re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", phrase)
         names = names if len(names) == len(tokens) else [phrase] * len(tokens)
-        labels += [name or query for name, token in zip(names, tokens, strict=True) if token == segment_token]
+        labels += [(name or query, token) for name, token in zip(names, tokens, strict=True)]
     return labels
 
 
@@ -124,4 +139,4 @@ def _phrase(text: str) -> str:
     return "" if POINTERS.match(last_clause) else phrase
 
 
-__all__ = ["decode_answer", "label_segments", "recover_query"]
+__all__ = ["decode_answer", "label_absent", "label_segments", "recover_query"]

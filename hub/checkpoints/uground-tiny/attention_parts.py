@@ -4,12 +4,12 @@ PARTS = ("lmm_config", "sam_config")
 LMM_PARTS = ("text_config", "vision_config")
 
 
-def is_flash(implementation) -> bool:
+def is_flash(implementation: str | None) -> bool:
     """Whether a name is that of flash attention, of whatever version or kernel."""
     return isinstance(implementation, str) and "flash" in implementation
 
 
-def attention_of_parts(requested):
+def attention_of_parts(requested: str | dict | None) -> str | dict | None:
     """
     What is asked of the whole model, as what is asked of each of its parts.
 

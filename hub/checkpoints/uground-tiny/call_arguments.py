@@ -94,7 +94,11 @@ def check_supported(settings: GenerationConfig, others: dict) -> None:
 
 
 def rows_finished(
-    sequences: torch.Tensor, prompt_length: int, settings: GenerationConfig, others: dict, end_tokens
+    sequences: torch.Tensor,
+    prompt_length: int,
+    settings: GenerationConfig,
+    others: dict,
+    end_tokens: int | list[int] | torch.Tensor | None,
 ) -> torch.Tensor:
     """
     Which answers came to their end, and were not cut by the limit of tokens or of time: `(B,)` bool.

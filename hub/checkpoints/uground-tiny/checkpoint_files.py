@@ -2,10 +2,12 @@
 
 import functools
 import json
+import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
@@ -154,7 +156,7 @@ def own_hints(config_class: type) -> dict[str, object]:
     return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
 
 
-def refuses_bad_config(init):
+def refuses_bad_config(init: Callable) -> Callable:
     """For the `__init__` of a model: what its configuration makes impossible is a `ValueError` that says so."""
 
     @functools.wraps(init)
@@ -175,7 +177,7 @@ class CheckpointFilesMixin:
     """For a `PreTrainedModel`: files of a local checkpoint are looked at before they are loaded."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """
         Like `PreTrainedModel.from_pretrained`.
 
@@ -190,7 +192,7 @@ class CheckpointFilesMixin:
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def check_model_files(folder: Path, config, config_class: type) -> None:
+def check_model_files(folder: Path, config: Any, config_class: type) -> None:
     """
     Look at what a folder holds of a model.
 
@@ -235,7 +237,7 @@ def read_adapter_config(folder: str | Path) -> dict:
     return content
 
 
-def adapter_base(folder: str | Path) -> str:
+def adapter_base(folder: str | os.PathLike) -> str:
     """
     What the `adapter_config.json` of a folder says that its adapter is of: a folder or a Hub id.
 

@@ -1,17 +1,19 @@
 """Configuration of UGround: an LMM trunk, a SAM, and the settings of what lies between them."""
 
 import copy
+import os
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, SamConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
 from .attention_parts import attention_of_parts
 from .checkpoint_files import check_config_fields, own_hints, read_json_object, reason_of
 from .head_sam import SamHead
+from .head_sam2 import Sam2Head
 from .image_frames import FRAMES, ImageFrame
 from .known_names import nearest_name
 from .lmm_access import LmmAdapter
@@ -30,7 +32,16 @@ LAYER_SELECTIONS = ("sample", "argmax", "last", "mc")
 # Those that ask the layer policy.
 POLICY_RULES = ("sample", "argmax", "mc")
 EMBEDDING_LAYERS = ("selected", "last")
-MASK_HEADS = {"sam": SamHead}
+MASK_HEADS = {"sam": SamHead, "sam2": Sam2Head}
+# Of SAMs that one might expect to work, why they do not.
+VIDEO_REASON = ", of which only the image part can be used: see `python -m uground.hub.assemble`"
+REFUSED_SAMS = {
+    "edgetam": ", whose encoder needs the package timm",
+    "edgetam_video": ", whose encoder needs the package timm",
+    "sam_hq": ", whose decoder also reads the inside of its encoder",
+    "sam3": ", which finds things by text and takes no prompts of ours; its tracker does",
+    **dict.fromkeys(("sam2_video", "sam3_tracker_video", "sam3_video"), VIDEO_REASON),
+}
 POINT_SETTINGS = ("num_points", "point_thresholds", "point_downsample")
 DEFAULT_PROMPTS = ("embedding", "mask")
 # Of the published systems that are settings of the same parts; DESIGN of each in its paper. The LMM and the SAM are
@@ -76,9 +87,9 @@ class UGroundConfig(PreTrainedConfig):
     Args:
         lmm_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of the vision-language trunk, an `AutoModelForImageTextToText` of a family in `LMM_ADAPTERS`.
-        sam_config (`dict` or `SamConfig`, *optional*):
-            Configuration of the SAM that draws the masks. Its patch size is 16, so that low-resolution mask logits
-            live at 1/4 of the SAM frame. `None` stays `None`: a model without SAM.
+        sam_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the SAM that draws the masks: a `SamConfig`, whose patch size is 16, a `Sam2Config` (SAM 2
+            and 2.1) or a `Sam3TrackerConfig`. `None` stays `None`: a model without SAM.
         segment_token_id (`int`, *optional*):
             Id of `[SEG]`, in the vocabulary of the LMM. Resolve it by name with the tokenizer.
         reject_token_id (`int`, *optional*):
@@ -86,8 +97,8 @@ class UGroundConfig(PreTrainedConfig):
         image_frame (`str`, defaults to `"letterbox"`):
             What the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
         mask_head (`str`, *optional*):
-            What turns segments into masks: `"sam"`, which is the default with a `sam_config`; without one there is
-            none, and a segment is its similarity map.
+            What turns segments into masks: `"sam"`, or `"sam2"` for SAM 2, SAM 2.1 and the tracker of SAM 3. By
+            default the one for `sam_config`; without one there is none, and a segment is its similarity map.
         prompts (`tuple[str]`, *optional*):
             What the mask head gets of each segment: the projected segment state (`"embedding"`), the similarity map
             (`"mask"`), points where it is high and low (`"points"`). By default embedding and mask, and without a mask
@@ -110,6 +121,9 @@ class UGroundConfig(PreTrainedConfig):
             dot / sqrt(D) plus a learned bias per layer, a true logit.
         embedding_layer (`str`, defaults to `"selected"`):
             Layer whose segment state is projected: the selected one (official mode 3) or the last (mode 2).
+        reject_threshold (`float`, defaults to 0.0):
+            Peak of a similarity map, as a probability, below which it says that nothing is there; 0 leaves that to
+            the reject token. Needs `similarity_scaling="scaled"`. `benchmarks/rejection.py` measures it.
         num_segment_tokens (`int`, defaults to 1):
             Ids that one segment stands for inside of the model, K. In text it is one `[SEG]`.
         initializer_range (`float`, defaults to 0.02):
@@ -128,7 +142,7 @@ class UGroundConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache", "sam_embeddings"]
     sub_configs_defaults: ClassVar[dict] = {
         "lmm_config": SubConfigSpec(config_class=AutoConfig, model_type="llava"),
-        "sam_config": SamConfig,
+        "sam_config": SubConfigSpec(config_class=AutoConfig, model_type="sam"),
     }
 
     lmm_config: dict | PreTrainedConfig | None = None
@@ -146,6 +160,7 @@ class UGroundConfig(PreTrainedConfig):
     num_layer_samples: int = 8
     similarity_scaling: str = "scaled"
     embedding_layer: str = "selected"
+    reject_threshold: float | int = 0.0
     num_segment_tokens: int = 1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -161,7 +176,7 @@ class UGroundConfig(PreTrainedConfig):
         if not has_sam:
             self.sam_config = None
         if self.mask_head is None and has_sam:
-            self.mask_head = "sam"
+            self.mask_head = mask_head_of(self.sam_config)
         if self.prompts is None:
             self.prompts = DEFAULT_PROMPTS if self.mask_head else ()
         for name in ("prompts", "point_thresholds"):
@@ -189,6 +204,11 @@ class UGroundConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if (self.mask_head is None) != (self.sam_config is None):
             raise ValueError(f"mask_head 'sam' and a sam_config go together, got mask_head {self.mask_head!r}")
+        if self.mask_head and self.mask_head != mask_head_of(self.sam_config):
+            raise ValueError(
+                f"mask_head of a {self.sam_config.model_type} must be {mask_head_of(self.sam_config)!r}, got "
+                f"{self.mask_head!r}"
+            )
         if self.mask_head and not self.prompts:
             raise ValueError(f"a mask head needs prompts of {tuple(PROMPTS)}, got ()")
         if self.prompts and not self.mask_head:
@@ -203,6 +223,7 @@ class UGroundConfig(PreTrainedConfig):
         if self.mask_head:
             MASK_HEADS[self.mask_head].frame_of(self.sam_config)
         self._check_points()
+        self._check_rejection()
         self.check_token_ids()
 
     def _check_points(self) -> None:
@@ -219,6 +240,16 @@ class UGroundConfig(PreTrainedConfig):
         if rows % self.point_downsample or columns % self.point_downsample:
             raise ValueError(
                 f"point_downsample must divide the {rows} x {columns} token grid, got {self.point_downsample}"
+            )
+
+    def _check_rejection(self) -> None:
+        given = self.reject_threshold
+        if type(given) not in (int, float) or not 0.0 <= given <= 1.0:
+            raise ValueError(f"reject_threshold must be a number within 0..1, got {given!r}")
+        if given and self.similarity_scaling != "scaled":
+            raise ValueError(
+                f"reject_threshold needs similarity_scaling 'scaled', whose maps have a strength, got {given} with "
+                f"{self.similarity_scaling!r}"
             )
 
     def check_token_ids(self) -> None:
@@ -243,7 +274,7 @@ class UGroundConfig(PreTrainedConfig):
                 raise ValueError(f"{name} and {same[0]} must differ, got {value} for both")
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_dict`; warns, once, if the installed transformers is older than the tested."""
         installed = transformers.__version__
         if _minor_version(installed) < _minor_version(TESTED_TRANSFORMERS):
@@ -261,7 +292,7 @@ class UGroundConfig(PreTrainedConfig):
             raise ValueError(f"config.json cannot be used ({reason_of(error)})") from error
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedConfig.from_pretrained`; what is wrong with a `config.json` is said with its place."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -275,7 +306,7 @@ class UGroundConfig(PreTrainedConfig):
     def _dict_from_json_file(cls, json_file):
         return cls._decode_special_floats(read_json_object(json_file))
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Like `PreTrainedConfig.save_pretrained`, stamped with the version of the code that goes with it."""
         self.uground_version = CODE_VERSION
         # What was loaded from a repository names that repository here; the copy has its own.
@@ -324,10 +355,11 @@ class UGroundConfig(PreTrainedConfig):
     @property
     def point_settings(self) -> PointSettings:
         """How points are picked from similarity maps."""
-        return PointSettings(self.num_points, self.point_thresholds, self.point_downsample)
+        positive, negative = self.point_thresholds
+        return PointSettings(self.num_points, (positive, negative), self.point_downsample)
 
     @classmethod
-    def for_system(cls, system: str, **settings) -> "UGroundConfig":
+    def for_system(cls, system: str, **settings: Any) -> "UGroundConfig":
         """
         The settings of a published system.
 
@@ -346,7 +378,7 @@ class UGroundConfig(PreTrainedConfig):
             raise ValueError(f"{', '.join(given)} need the prompt 'points', but {system} has {chosen['prompts']}")
         return cls(**chosen)
 
-    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's part of `lmm_config`, where vocabulary and hidden size stand."""
         return self.lmm_config.get_text_config(*args, **kwargs)
 
@@ -354,6 +386,22 @@ class UGroundConfig(PreTrainedConfig):
 def _minor_version(version: str) -> tuple[int, ...]:
     """`"5.24.0.dev0"` to (5, 24)."""
     return tuple(map(int, version.split(".")[:2]))
+
+
+def mask_head_of(sam_config: PreTrainedConfig) -> str:
+    """
+    Which of `MASK_HEADS` takes a SAM.
+
+    Raises:
+        ValueError: none does.
+    """
+    kind = sam_config.model_type
+    for name, head in MASK_HEADS.items():
+        if kind in head.model_types:
+            return name
+    known = [kind for head in MASK_HEADS.values() for kind in head.model_types]
+    reason = REFUSED_SAMS.get(kind, "")
+    raise ValueError(f"sam_config must be of type {', '.join(known)}, got {kind}{reason}")
 
 
 def refuse_misspelt(names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Writing the answer and reading the segment states while it is written: one pass, no second forward."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -13,10 +14,12 @@ from transformers import (
 
 from .call_arguments import check_supported, merge_settings, refuse_unknown, rows_finished
 from .layer_states import WrittenStates
-from .output_uground import UGroundSegmentation, join_segmentations
+from .mask_head import HEAD_FIELDS, maps_of
+from .output_uground import UGroundImageEmbeddings, UGroundSegmentation, join_segmentations
 from .query_rows import Rows
 from .segment_tokens import LayerRequest, Segments
 from .shared_prefix import SharedPrefix, continue_prefixes, find_prefix
+from .states_again import MAX_KEPT_PREFIXES, KeptLayers, StatesAgain
 
 # Rows written and decoded at a time where a call does not say: at 7B, keys and values of 64 rows take about 20 GB.
 MAX_ROWS = 64
@@ -49,7 +52,7 @@ class WrittenAnswers:
 class SegmentGenerationMixin(GenerationMixin):
     """`segment` and `generate` of [`UGroundForReferringSegmentation`]."""
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict:
         """Generation runs in the LMM, which prepares its own inputs."""
         return self.lmm.prepare_inputs_for_generation(*args, **kwargs)
 
@@ -64,10 +67,10 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_pixel_values: torch.Tensor | None = None,
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        image_embeddings=None,
+        image_embeddings: UGroundImageEmbeddings | None = None,
         inputs: torch.Tensor | None = None,
-        **generate_kwargs,
-    ):
+        **generate_kwargs: Any,
+    ) -> Any:
         """
         Write the answers only, as the LMM's own `generate` does; see [`segment`] for masks.
 
@@ -104,12 +107,13 @@ class SegmentGenerationMixin(GenerationMixin):
         sam_pixel_values: torch.Tensor | None = None,
         sam_valid_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        image_embeddings=None,
+        image_embeddings: UGroundImageEmbeddings | None = None,
         layer_selection: str | int | None = None,
         num_layer_samples: int | None = None,
         max_rows: int | None = None,
+        max_kept_prefixes: int | None = None,
         prefix: SharedPrefix | None = None,
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ) -> UGroundSegmentation:
         """
         Write an answer to every query and decode a mask for each segment token written.
@@ -124,6 +128,9 @@ class SegmentGenerationMixin(GenerationMixin):
             layer_selection, num_layer_samples: replace those of the config for this call.
             max_rows (`int`, *optional*): so many rows are written and decoded at a time, 64 by default. Fewer take
             less memory.
+            max_kept_prefixes (`int`, *optional*): where a policy picks the layers, the states of image tokens are kept
+            at all of them if the rows written at a time begin in at most so many ways, 4 by default. Of more, what was
+            picked is read again, which takes up to one more reading of the prompts and far less memory.
             prefix (*optional*): of [`read_prefix`], for rows that begin with what was read there.
             generate_kwargs: `generation_config`, `max_new_tokens`, `do_sample` and whatever else `generate` takes, but
             for beams, several sequences per query, assisted generation and a switched-off cache. Where neither these
@@ -141,7 +148,10 @@ class SegmentGenerationMixin(GenerationMixin):
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-        kept = self.known_layers(layer_selection)
+        max_kept_prefixes = MAX_KEPT_PREFIXES if max_kept_prefixes is None else max_kept_prefixes
+        if max_kept_prefixes < 0:
+            raise ValueError(f"max_kept_prefixes must be at least 0, got {max_kept_prefixes}")
+        kept = KeptLayers(self.known_layers(layer_selection), max_kept_prefixes)
         request = LayerRequest(selection=layer_selection, num_samples=num_layer_samples)
         parts, is_split = [], len(rows) > max_rows
         for numbers in torch.arange(len(rows)).split(max_rows):
@@ -154,7 +164,12 @@ class SegmentGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def read_prefix(
-        self, input_ids, attention_mask, image_index, image_embeddings, known: SharedPrefix | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        image_embeddings: UGroundImageEmbeddings,
+        known: SharedPrefix | None = None,
     ) -> SharedPrefix | None:
         """
         Let the LMM read what rows begin with, up to the last image token, for [`segment`] to go on from.
@@ -173,34 +188,39 @@ class SegmentGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def write_answers(
         self,
-        input_ids,
-        attention_mask,
-        image_index,
-        image_embeddings,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        image_embeddings: UGroundImageEmbeddings,
         prefix: SharedPrefix | None = None,
         layers: list[int] | None = None,
-        **generate_kwargs,
+        max_kept_prefixes: int | None = None,
+        **generate_kwargs: Any,
     ) -> WrittenAnswers:
         """
         The first half of [`segment`]: write, and keep the layer states that masks are read from.
 
         Masks may be read from the result several times, with different layers, by [`read_masks`]. It holds the states
-        of all image tokens at `layers` (all by default), so drop it when done. Other arguments and errors are those of
-        [`segment`].
+        of all image tokens at `layers` (all by default), so drop it when done; or, for all layers of more than
+        `max_kept_prefixes` prefixes, what it takes to read them again each time. Other arguments and errors are those
+        of [`segment`].
         """
         refuse_unknown(self.write_answers, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings)
-        return self._write_answers(rows, prefix, layers, generate_kwargs)
+        return self._write_answers(rows, prefix, KeptLayers(layers, max_kept_prefixes), generate_kwargs)
 
-    def _write_answers(self, rows: Rows, prefix, kept: list[int] | None, generate_kwargs: dict) -> WrittenAnswers:
-        """Write, following the states that predict segment tokens; `kept` layers of image tokens are held."""
+    def _write_answers(self, rows: Rows, prefix, keep: KeptLayers, generate_kwargs: dict) -> WrittenAnswers:
+        """Write, following the states that predict segment tokens; of image tokens what `keep` says is held."""
         settings, others = self._generation_settings(generate_kwargs)
         check_supported(settings, others)
         settings.update(return_dict_in_generate=True, output_hidden_states=False, output_logits=False)
         images, adapter, lmm = rows.images, rows.adapter, self.lmm
-        self._check_finite(images.lmm_features, *([] if self.mask_decoder is None else [images.sam_embeddings]))
-        prefix = self._shared_prefix(rows, prefix, kept)
+        self._check_finite(
+            images.lmm_features, *([] if self.mask_decoder is None else maps_of(images.sam_embeddings).values())
+        )
+        prefix = self._shared_prefix(rows, prefix, keep)
+        kept = keep.of(len(rows))
         columns = rows.image_columns if prefix is None else None
         states = WrittenStates(
             lmm,
@@ -217,7 +237,12 @@ class SegmentGenerationMixin(GenerationMixin):
             generated = lmm.generate(**lmm_inputs, generation_config=settings, **others)
         prompt_length = rows.input_ids.shape[1]
         row, segment_states, scores = states.segments(self.config.num_segment_tokens)
-        image_states = states.image_states(self.config.num_layers) if prefix is None else prefix.image_states
+        if prefix is not None:
+            image_states = prefix.image_states
+        elif kept == []:
+            image_states = StatesAgain(lmm, rows, self.config.num_layers)
+        else:
+            image_states = states.image_states(self.config.num_layers)
         image_index = rows.image_index.to(row.device)
         token_row = row if image_states.row_of is None else image_states.row_of.to(row.device)[row]
         return WrittenAnswers(
@@ -230,7 +255,7 @@ class SegmentGenerationMixin(GenerationMixin):
             segments=Segments(row, segment_states, image_index[row], token_row, image_states, images),
         )
 
-    def _shared_prefix(self, rows: Rows, known: SharedPrefix | None, kept) -> SharedPrefix | None:
+    def _shared_prefix(self, rows: Rows, known: SharedPrefix | None, kept: KeptLayers) -> SharedPrefix | None:
         """The prefixes of all rows, read now unless they are `known`; `None` where nothing is gained by sharing."""
         keys = rows.prefix_keys
         if keys is None:
@@ -255,7 +280,7 @@ class SegmentGenerationMixin(GenerationMixin):
         self._check_finite(segments.states if self.layer_policy is None else self.layer_policy(segments.states))
         found = self.decode_segments(segments, request)
         if self.mask_decoder is not None:
-            self._check_finite(found["mask_logits"], found["iou_scores"])
+            self._check_finite(*(found[name] for name in HEAD_FIELDS if name in found))
         images = segments.images
         return UGroundSegmentation(
             sequences=answers.sequences,

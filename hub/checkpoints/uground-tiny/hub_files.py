@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_relative_imports
@@ -12,6 +13,7 @@ from .checkpoint_files import CheckpointFilesMixin, read_weight_map
 from .short_card import is_card_of_uground, short_card
 
 CARD_FILE = "README.md"
+TEXT_AUTO_CLASS = "AutoModelForImageTextToText"
 # What a checkpoint needs besides the model's own code, which the model does not import.
 COMPANIONS = ("pipeline_uground.py", "processing_uground.py")
 
@@ -26,8 +28,11 @@ class HubFilesMixin(CheckpointFilesMixin):
 
     revision: str | None = None
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Like `PreTrainedModel.save_pretrained`; all code that a checkpoint folder needs is saved too."""
+        # The library notes one Auto class; by this one `pipeline("image-text-to-text")` finds the model.
+        name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), TEXT_AUTO_CLASS: name}
         super().save_pretrained(save_directory, *args, **kwargs)
         for weights in Path(save_directory).glob("*.safetensors"):
             give_usual_mode(weights)

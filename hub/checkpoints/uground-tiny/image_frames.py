@@ -16,6 +16,7 @@ remembered.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class ImageFrame:
         truncates the scaled side and halves what sticks out downwards, by which the frame may be one cell wider than
         the image.
         """
-        return tuple(self._window(length, image_hw) for length in image_hw)
+        return self._window(image_hw[0], image_hw), self._window(image_hw[1], image_hw)
 
     def _window(self, length: int, image_hw: tuple[int, int]) -> tuple[int, int]:
         if self.kind == "stretch":
@@ -86,7 +87,7 @@ def resize_rows(matrix: torch.Tensor, length: int, mode: str = "bilinear") -> to
         mode: `"bilinear"`; `"antialias"`, bilinear with a filter as wide as the step where rows become fewer; or
             `"area"`, the mean over whole rows.
     """
-    options = {"mode": "area"} if mode == "area" else {"mode": "bilinear", "align_corners": False}
+    options: dict[str, Any] = {"mode": "area"} if mode == "area" else {"mode": "bilinear", "align_corners": False}
     if mode == "antialias":
         options["antialias"] = True
     return F.interpolate(matrix[None, None], size=(length, matrix.shape[1]), **options)[0, 0]
@@ -103,7 +104,10 @@ def _grid_to_image(grid: int, side: int, window: tuple[int, int], length: int) -
 
 
 def grid_to_image(
-    grid_hw: tuple[int, int], frame: ImageFrame, image_hw: tuple[int, int], windows=None
+    grid_hw: tuple[int, int],
+    frame: ImageFrame,
+    image_hw: tuple[int, int],
+    windows: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     From a grid that covers a frame evenly to the pixels of the image: bilinear to the frame, out of it what is image,
@@ -119,10 +123,11 @@ def grid_to_image(
         rows `(H, h)` and columns `(W, w)`, float32 on the CPU; values outside of the frame are 0.
     """
     windows = frame.windows(image_hw) if windows is None else windows
-    return tuple(
+    rows, columns = (
         _grid_to_image(grid, frame.side, window, length)
         for grid, window, length in zip(grid_hw, windows, image_hw, strict=True)
     )
+    return rows, columns
 
 
 @lru_cache(REMEMBERED)
@@ -142,7 +147,7 @@ def grid_to_grid(
     frame: ImageFrame,
     image_hw: tuple[int, int],
     other: ImageFrame,
-    windows=None,
+    windows: tuple[tuple[int, int], tuple[int, int]] | None = None,
     mode: str = "antialias",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -157,10 +162,11 @@ def grid_to_grid(
         rows `(side, h)` and columns `(side, w)`, float32 on the CPU; zero where the other frame is padding.
     """
     windows = frame.windows(image_hw) if windows is None else windows
-    return tuple(
+    rows, columns = (
         _grid_to_grid(grid, frame.side, window, length, other.side, other_window, mode)
         for grid, window, length, other_window in zip(grid_hw, windows, image_hw, other.windows(image_hw), strict=True)
     )
+    return rows, columns
 
 
 def apply_matrices(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -6,16 +6,25 @@
 - `stretch`: both sides fill the frame; CLIP's.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from PIL import Image
+from transformers import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 # Of pixels in 0..255: rescaling to 0..1 first would round differently from the official code.
 SAM_MEAN = [123.675, 116.28, 103.53]
 SAM_STD = [58.395, 57.12, 57.375]
+# Of pixels in 0..1: those of ImageNet.
+SAM2_MEAN, SAM2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LETTERBOX, CENTRE_CROP, STRETCH = "letterbox", "centre_crop", "stretch"
 # By the name that a saved image processor has, without regard to the back-end.
 IMAGE_PROCESSORS = {"SamImageProcessor": SamImageProcessorPil, "CLIPImageProcessor": CLIPImageProcessorPil}
+# Those of SAM 2 and 3, which need torchvision: what they make, a CLIP processor makes on PIL.
+STRETCHING = ("Sam2ImageProcessor", "Sam3ImageProcessor")
 BACKENDS = ("Pil", "Fast")
 DEFAULT_TYPE = "SamImageProcessor"
 
@@ -44,10 +53,34 @@ def crop_image_processor(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
-def stretch_image_processor(size: int) -> CLIPImageProcessorPil:
-    """As [`crop_image_processor`], but both sides are scaled to `size` pixels and nothing is cut off."""
+def stretch_image_processor(size: int, **settings: Any) -> CLIPImageProcessorPil:
+    """
+    As [`crop_image_processor`], but both sides are scaled to `size` pixels and nothing is cut off.
+
+    Args:
+        size: side of the frame in pixels.
+        settings: of the image processor, such as `image_mean`, in place of CLIP's.
+    """
     square = {"height": size, "width": size}
-    return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
+    return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, **settings)
+
+
+def sam2_image_processor(
+    size: int, image_mean: Sequence[float] = SAM2_MEAN, image_std: Sequence[float] = SAM2_STD
+) -> CLIPImageProcessorPil:
+    """
+    What `Sam2ImageProcessor` and `Sam3ImageProcessor` make of images, without torchvision: both sides scaled to `size`
+    pixels, bilinear with a filter as wide as the step, in whole grey levels; then to 0..1, and normalised.
+
+    PIL's resizing and PyTorch's of bytes, which torchvision takes on processors that have AVX2, differ by one grey
+    level at most.
+
+    Args:
+        size: side of the frame in pixels: 1024 for SAM 2, 1008 for SAM 3.
+        image_mean, image_std: of each channel in 0..1; by default those of SAM 2 and 2.1. SAM 3 has 0.5 everywhere.
+    """
+    scaling = {"resample": Image.Resampling.BILINEAR, "do_convert_rgb": True}
+    return stretch_image_processor(size, image_mean=[*image_mean], image_std=[*image_std], **scaling)
 
 
 MAKERS = {
@@ -57,7 +90,7 @@ MAKERS = {
 }
 
 
-def make_image_processor(frame: str, size: int):
+def make_image_processor(frame: str, size: int) -> BaseImageProcessor:
     """The image processor of a frame, `"letterbox"`, `"centre_crop"` or `"stretch"`, of `size` pixels."""
     if frame not in MAKERS:
         raise ValueError(f"image_frame must be one of {', '.join(MAKERS)}, got {frame!r}")
@@ -71,7 +104,7 @@ def type_of(name: str) -> str:
     return name
 
 
-def on_pil(image_processor, name: str):
+def on_pil(image_processor: BaseImageProcessor, name: str) -> BaseImageProcessor:
     """
     The same image processor on the PIL back-end.
 
@@ -82,7 +115,10 @@ def on_pil(image_processor, name: str):
     Raises:
         ValueError: it is of another kind, or its settings make no frame.
     """
-    kind = IMAGE_PROCESSORS.get(type_of(type(image_processor).__name__))
+    written = type_of(type(image_processor).__name__)
+    if written in STRETCHING:
+        return from_sam2_settings(image_processor.to_dict(), name)
+    kind = IMAGE_PROCESSORS.get(written)
     if kind is None:
         raise ValueError(
             f"the {name} of a UGroundProcessor must be a {' or '.join(IMAGE_PROCESSORS)}, "
@@ -93,7 +129,29 @@ def on_pil(image_processor, name: str):
     return found
 
 
-def frame_of(image_processor, name: str = "image_processor") -> tuple[str, int]:
+def from_sam2_settings(settings: dict, name: str) -> CLIPImageProcessorPil:
+    """
+    Of the settings of a `Sam2ImageProcessor` or `Sam3ImageProcessor`, what makes the same frames.
+
+    Args:
+        settings: as they are saved.
+        name: what to call it.
+
+    Raises:
+        ValueError: they make no square frame, or leave out a step.
+    """
+    size: dict[str, Any] = settings.get("size") or {}
+    sides: set[Any] = {size.get("height"), size.get("width")}
+    steps = [step for step in ("do_resize", "do_rescale", "do_normalize") if settings.get(step) is False]
+    if len(sides) != 1 or None in sides or steps or settings.get("resample", 2) != Image.Resampling.BILINEAR:
+        raise ValueError(
+            f"the {name} must scale both sides alike, bilinear, and normalise what it has scaled to 0..1, got size "
+            f"{dict(size)}, resample {settings.get('resample')} and without {', '.join(steps) or 'nothing'}"
+        )
+    return sam2_image_processor(sides.pop(), settings["image_mean"], settings["image_std"])
+
+
+def frame_of(image_processor: BaseImageProcessor, name: str = "image_processor") -> tuple[str, int]:
     """
     What an image processor makes of an image: the kind of frame, and its side in pixels.
 
@@ -116,7 +174,7 @@ def frame_of(image_processor, name: str = "image_processor") -> tuple[str, int]:
     return kind, sides.pop()
 
 
-def read_frames(image_processor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
+def read_frames(image_processor: BaseImageProcessor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
     """
     Frames of pictures.
 
@@ -168,6 +226,7 @@ __all__ = [
     "make_image_processor",
     "on_pil",
     "read_frames",
+    "sam2_image_processor",
     "seen_box",
     "stretch_image_processor",
 ]

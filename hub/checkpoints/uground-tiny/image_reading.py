@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import quote, unquote_to_bytes
 from urllib.request import Request, urlopen
@@ -25,7 +26,7 @@ MAX_URL_BYTES = 2**28
 CHUNK_BYTES = 2**20
 
 
-def read_image(image, name: str = "the image") -> Image.Image:
+def read_image(image: Any, name: str = "the image") -> Image.Image:
     """
     Read one image.
 
@@ -86,7 +87,7 @@ def picture_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened_picture(file, name: str) -> Iterator[Image.Image]:
+def opened_picture(file: Any, name: str) -> Iterator[Image.Image]:
     """
     A picture file as Pillow opens it, under [`picture_errors`].
 
@@ -101,6 +102,7 @@ def opened_picture(file, name: str) -> Iterator[Image.Image]:
 
 
 def _open(source: str, name: str) -> Image.Image:
+    file: str | BytesIO
     if source.startswith(URL_PREFIXES):
         file = BytesIO(_load(source, name))
     elif _is_file(source):

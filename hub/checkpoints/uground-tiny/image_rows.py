@@ -1,5 +1,7 @@
 """Which row asks about which image, and whether rows and images that were joined or cut still belong together."""
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -26,7 +28,9 @@ def resolve_image_index(image_index: torch.Tensor | None, num_rows: int, num_ima
     return image_index
 
 
-def check_images(pixel_values, sam_pixel_values, *sizes) -> None:
+def check_images(
+    pixel_values: torch.Tensor | None, sam_pixel_values: torch.Tensor | None, *sizes: Mapping[str, torch.Tensor | None]
+) -> None:
     """
     See that images were joined along their first axis.
 

@@ -27,6 +27,14 @@ class LayerChoice:
     log_probs: torch.Tensor | None
     draws: torch.Tensor | None = None
 
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Segment and layer of all that is read, `(M,)` each: a layer drawn twice of a segment is read once."""
+        if self.draws is None:
+            return torch.arange(len(self.index), device=self.index.device), self.index
+        segments, layers = self.draws.nonzero(as_tuple=True)
+        return segments, layers
+
 
 class LayerPolicy(nn.Module):
     """
@@ -71,7 +79,7 @@ def select_layers(layer_logits: torch.Tensor, layer_selection: str | int, num_la
         draws = draws.scatter_add(1, drawn, torch.ones_like(drawn, dtype=draws.dtype)) / num_layer_samples
         index = draws.argmax(-1)
     else:
-        layer = num_layers - 1 if layer_selection == "last" else layer_selection
+        layer = num_layers - 1 if layer_selection == "last" else int(layer_selection)
         index = torch.full((num_segments,), layer, dtype=torch.long, device=layer_logits.device)
     return LayerChoice(index, log_probs_of(layer_logits, index), draws)
 

@@ -7,6 +7,7 @@ and of each step the states of rows that wrote a segment token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,15 @@ class ImageStates:
         """n."""
         kept = next(states for states in self.layers if states is not None)
         return kept.shape[1] if self.columns is None else self.columns.shape[1]
+
+    def picked(self, rows: torch.Tensor, layers: torch.Tensor) -> "ImageStates":
+        """
+        States that hold what is read at these places.
+
+        Args:
+            rows, layers (`(M,)`, int64): one of the G rows and a layer, for each place; places may repeat.
+        """
+        return self
 
     def of_rows(self, row_of: torch.Tensor) -> "ImageStates":
         """The same states for rows that begin with other ones of the G prefixes."""
@@ -114,7 +124,9 @@ class PrefixStates(LayerHooks):
         kept: layers to keep; all by default.
     """
 
-    def __init__(self, layers, norm, columns: torch.Tensor, kept: Sequence[int] | None = None):
+    def __init__(
+        self, layers: list[nn.Module], norm: nn.Module, columns: torch.Tensor, kept: Sequence[int] | None = None
+    ):
         super().__init__(layers, norm)
         self._columns, self._kept = columns, None if kept is None else set(kept)
         self._taken: dict[int, torch.Tensor] = {}
@@ -143,7 +155,16 @@ class WrittenStates(PrefixStates, StoppingCriteria):
         segment_token_id, image_token_id: the id that is looked for, and the one that is never written.
     """
 
-    def __init__(self, lmm, layers, norm, columns, kept, segment_token_id: int, image_token_id: int):
+    def __init__(
+        self,
+        lmm: nn.Module,
+        layers: list[nn.Module],
+        norm: nn.Module,
+        columns: torch.Tensor,
+        kept: Any,
+        segment_token_id: int,
+        image_token_id: int,
+    ):
         super().__init__(layers, norm, columns, [] if columns is None else kept)
         self._lmm = lmm
         self._segment, self._image = segment_token_id, image_token_id
@@ -166,7 +187,7 @@ class WrittenStates(PrefixStates, StoppingCriteria):
             self._last = []
         self._last.append(states[:, -1])
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         rows = (input_ids[:, -1] == self._segment).nonzero().squeeze(-1)
         if len(rows):
             device = self._last[-1].device

@@ -5,6 +5,7 @@ finds the adapter of a `model_type`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ class LmmAdapter:
         """Vision tower and projector: image inputs to features `(I, n, D)` in the LMM's embedding space."""
         raise NotImplementedError
 
-    def image_outputs(self, row_features: torch.Tensor):
+    def image_outputs(self, row_features: torch.Tensor) -> Any:
         """Features `(B, n, D)` as the LMM's forward and `generate` take them of an image that was encoded before."""
         raise NotImplementedError
 

@@ -1,6 +1,6 @@
 """Which adapter stands for an LMM."""
 
-from transformers import PreTrainedConfig
+from typing import Any
 
 from .lmm_access import LmmAdapter
 from .lmm_llava import LlavaAdapter
@@ -8,7 +8,7 @@ from .lmm_llava import LlavaAdapter
 LMM_ADAPTERS: dict[str, type[LmmAdapter]] = {"llava": LlavaAdapter}
 
 
-def lmm_adapter(lmm_config: PreTrainedConfig, image_frame: str) -> LmmAdapter:
+def lmm_adapter(lmm_config: Any, image_frame: str) -> LmmAdapter:
     """
     The adapter of an LMM.
 

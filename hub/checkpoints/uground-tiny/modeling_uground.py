@@ -3,8 +3,12 @@
 The parts lie in their own files; this one says how they follow one another.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from .attention_parts import is_flash
@@ -12,11 +16,11 @@ from .call_arguments import refuse_unknown, with_answer_length
 from .checkpoint_files import refuses_bad_config
 from .configuration_uground import MASK_HEADS, UGroundConfig, check_layer_selection
 from .generation_uground import SegmentGenerationMixin
-from .head_sam import mask_overlap
 from .image_rows import check_images, check_labels, check_queries, resolve_image_index
 from .layer_policy import LayerChoice, LayerPolicy, draw_layers, log_probs_of, select_layers
 from .layer_states import ImageStates, states_at
 from .library_compat import CACHE_NAME
+from .mask_head import HEAD_FIELDS, ImageMaps, mask_overlap
 from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
 from .pretrained_uground import UGroundPreTrainedModel
 from .prompts import PROMPTS, PromptSource, SegmentProjection
@@ -68,41 +72,41 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Number of tokens that the LMM knows, also after [`resize_token_embeddings`]."""
         return self.config.get_text_config().vocab_size
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.lmm.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.lmm.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lmm.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lmm.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self):
+    def get_decoder(self) -> nn.Module:
         """The language model of the LMM."""
         return self.lmm.get_decoder()
 
-    def set_decoder(self, decoder):
+    def set_decoder(self, decoder: nn.Module) -> None:
         self.lmm.set_decoder(decoder)
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """Of words only: encoders of images that are frozen would build a graph for nothing."""
         decoder = self.lmm.get_decoder()
         # Once, however often it is asked for: only the hooks of the last time are known to be taken back.
         decoder.disable_input_require_grads()
         decoder.enable_input_require_grads()
 
-    def disable_input_require_grads(self):
+    def disable_input_require_grads(self) -> None:
         """Take back [`enable_input_require_grads`]."""
         self.lmm.get_decoder().disable_input_require_grads()
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the LMM's vocabulary; see `PreTrainedModel.resize_token_embeddings`."""
         return self.lmm.resize_token_embeddings(*args, **kwargs)
 
-    def compile_mask_path(self, **options) -> "UGroundForReferringSegmentation":
+    def compile_mask_path(self, **options: Any) -> "UGroundForReferringSegmentation":
         """
         Compile SAM's image encoder and mask decoder in place with `torch.compile`; the first calls then take longer.
 
@@ -124,8 +128,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         original_sizes: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
-        **queries,
+        sam_embeddings: ImageMaps | None = None,
+        **queries: Any,
     ) -> UGroundImageEmbeddings:
         """
         Encode images once; hand the result to `forward` or `segment` as `image_embeddings=` for any number of queries.
@@ -135,7 +139,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             sam_valid_sizes (`(I, 2)`), original_sizes (`(I, 2)`): as the processor returns them.
             input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
             the processor returned may be passed along and is not read.
-            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of these images, made before.
+            sam_embeddings (*optional*): of these images, made before, as the mask head makes them.
 
         Raises:
             ValueError: the sizes do not fit together, or no query asks about one of the images.
@@ -173,14 +177,14 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         num_layer_samples: int | None = None,
         layer_uniforms: torch.Tensor | np.ndarray | None = None,
         image_embeddings: UGroundImageEmbeddings | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        sam_embeddings: ImageMaps | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> UGroundOutput | tuple:
         """
         Teacher-forced pass: a mask for every segment token in `input_ids`.
@@ -196,8 +200,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             segments with these numbers, and decodes the first draw; gives `layer_draws`, `draw_log_probs` and
             `other_maps`.
             image_embeddings (*optional*): of [`get_image_embeddings`], instead of the image inputs.
-            sam_embeddings (`(I, C, S/16, S/16)`, *optional*): of an earlier pass over these images, which then are not
-            encoded by SAM.
+            sam_embeddings (*optional*): of an earlier pass over these images, which then are not encoded by SAM.
             position_ids (`(B, T)`, *optional*): by default each token counts the tokens before it. Rows that pack
             several queries behind one image need them, and an `attention_mask` `(B, T, T)` that says which keys each
             token may see.
@@ -276,6 +279,9 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         if drawn:
             request = LayerRequest(index=drawn["layer_draws"][0])
         choice = self._choose_layers(len(segments), logits, request, device)
+        segment, layer = choice.places
+        picked = segments.image_states.picked(segments.token_row[segment.to(segments.token_row.device)], layer)
+        segments = replace(segments, image_states=picked)
         decode = self._decode_chosen if choice.draws is None else self._decode_drawn
         return {
             "segment_row": segments.row,
@@ -335,13 +341,14 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         prompts = {argument: make(source) for argument, make in map(PROMPTS.get, self.config.prompts)}
         if "point_prompts" in prompts:
             found["points"], found["point_labels"] = prompts["point_prompts"]
-        mask_logits, iou_scores = self.mask_decoder(segments.images.sam_embeddings, segments.image, **prompts)
+        decoded = self.mask_decoder(segments.images.sam_embeddings, segments.image, **prompts)
         device = segments.states.device
-        return {**found, "mask_logits": mask_logits.to(device), "iou_scores": iou_scores.to(device)}
+        # A head without estimates of presence gives one field less.
+        return {**found, **{name: values.to(device) for name, values in zip(HEAD_FIELDS, decoded, strict=False)}}
 
     def _decode_drawn(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
         """Average over the layers drawn of each segment; a layer drawn twice is decoded once and weighs double."""
-        segment, layer = choice.draws.nonzero(as_tuple=True)
+        segment, layer = choice.places
         weight = choice.draws[segment, layer]
         decoded = self._decode_chosen(segments.select(segment), LayerChoice(layer, None))
 
@@ -358,10 +365,12 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         # One at a time: each of these is as large as all mask logits.
         uncertainty = average((probabilities - mean[segment]) ** 2)
         overlap = mask_overlap(probabilities > 0.5, (mean > 0.5)[segment])
+        if "presence_logits" in decoded:
+            found["presence_logits"] = _logit(average(decoded["presence_logits"].sigmoid()))
         return {
             **found,
             "iou_scores": average(decoded["iou_scores"]),
-            "mask_logits": mean.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN).logit(),
+            "mask_logits": _logit(mean),
             "uncertainty": uncertainty,
             "agreement": average(overlap),
         }
@@ -413,7 +422,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         image_embeddings: UGroundImageEmbeddings | None,
         image_inputs: tuple[torch.Tensor | None, ...] = (),
         position_ids: torch.Tensor | None = None,
-        sam_embeddings: torch.Tensor | None = None,
+        sam_embeddings: ImageMaps | None = None,
     ) -> Rows:
         """
         Rows as the LMM takes them, and the images that they ask about, encoded unless they were before.
@@ -448,6 +457,10 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             image_index,
             position_ids,
         )
+
+
+def _logit(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN).logit()
 
 
 UGroundForReferringSegmentation.register_for_auto_class("AutoModel")

@@ -1,10 +1,14 @@
 """What the model returns."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
+
+from .mask_head import ImageMaps
 
 
 @dataclass
@@ -14,13 +18,14 @@ class UGroundImageEmbeddings(ModelOutput):
 
     Args:
         lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space.
-        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings; `None` without a mask head.
+        sam_embeddings (*optional*): SAM's image embeddings, as the mask head makes them: `(I, C, S/16, S/16)` of a
+            SAM, several maps `(I, C, h, w)` by name of a SAM 2; `None` without a mask head.
         token_valid (`(I, h, w)`, bool): image tokens that see image and not padding only.
         valid_sizes, sam_valid_sizes, original_sizes (`(I, 2)`, int64): as the processor returned them.
     """
 
     lmm_features: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
+    sam_embeddings: ImageMaps | None = None
     token_valid: torch.Tensor | None = None
     valid_sizes: torch.Tensor | None = None
     sam_valid_sizes: torch.Tensor | None = None
@@ -42,9 +47,12 @@ class SegmentFields(ModelOutput):
         points (`(N, K, 2)`, float32, *optional*): with the prompt `points`, x and y in pixels of the SAM frame, as
             handed to the prompt encoder.
         point_labels (`(N, K)`, int64, *optional*): 1 inside, 0 outside, -1 neutral, -10 where there is no such point.
-        mask_logits (`(N, S/4, S/4)`, float32): in the SAM frame; a pixel is mask where the logit is above 0.
+        mask_logits (`(N, p, p)`, float32): in the SAM frame; a pixel is mask where the logit is above 0. The side is
+            that of SAM's mask prompts, S/4 with patches of 16 pixels.
         iou_scores (`(N,)`, float32): SAM's estimate of the IoU of each mask.
-        uncertainty (`(N, S/4, S/4)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
+        presence_logits (`(N,)`, float32, *optional*): of a SAM 2, how sure it is that there is anything; a thing is
+            there where the logit is above 0.
+        uncertainty (`(N, p, p)`, float32, *optional*): under `"mc"`, the variance of the mask probability over
             the drawn layers, in 0..0.25.
         agreement (`(N,)`, float32, *optional*): under `"mc"`, the mean IoU of the masks of the drawn layers with the
             mask of their average, in 0..1; 1 where all are alike.
@@ -60,6 +68,7 @@ class SegmentFields(ModelOutput):
     point_labels: torch.Tensor | None = None
     mask_logits: torch.Tensor | None = None
     iou_scores: torch.Tensor | None = None
+    presence_logits: torch.Tensor | None = None
     uncertainty: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
 
@@ -88,7 +97,8 @@ class UGroundOutput(SegmentFields, TextFields):
         draw_log_probs (`(k, N)`, float32, *optional*): their log-probabilities under the policy.
         other_maps (`(k - 1, N, h, w)`, float32, *optional*): similarity maps at the draws but the first, without a
             graph.
-        sam_embeddings (`(I, C, S/16, S/16)`, *optional*): SAM's image embeddings, where the pass made them.
+        sam_embeddings (*optional*): SAM's image embeddings, where the pass made them, as in
+            [`UGroundImageEmbeddings`].
         hidden_states (L+1 tensors `(B, T, D)`, *optional*): layer states of every token, on request;
             `None` in place of layers that were not asked for.
         attentions (L tensors `(B, heads, T, T)`, *optional*): of the language model, on request.
@@ -98,7 +108,7 @@ class UGroundOutput(SegmentFields, TextFields):
     layer_draws: torch.Tensor | None = None
     draw_log_probs: torch.Tensor | None = None
     other_maps: torch.Tensor | None = None
-    sam_embeddings: torch.Tensor | None = None
+    sam_embeddings: ImageMaps | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cache: Cache | None = None
@@ -139,7 +149,12 @@ class UGroundSegmentation(SegmentFields, AnswerFields):
     original_sizes: torch.Tensor | None = None
 
 
-def asked_outputs(config, use_cache, output_hidden_states, output_attentions) -> dict:
+def asked_outputs(
+    config: PreTrainedConfig,
+    use_cache: bool | None,
+    output_hidden_states: bool | int | list[int] | None,
+    output_attentions: bool | None,
+) -> dict:
     """
     Which further fields a forward shall return: `cache`, `hidden_states`, `attentions`.
 
@@ -159,7 +174,7 @@ def asked_outputs(config, use_cache, output_hidden_states, output_attentions) ->
     layers = range(config.num_layers)
     if isinstance(states, bool):
         states = [*layers] if states else []
-    asked = [states] if isinstance(states, int) else [*states]
+    asked = [states] if isinstance(states, int) else list(states or ())
     if any(layer not in range(-len(layers), len(layers)) for layer in asked):
         raise ValueError(f"output_hidden_states must name layers in 0..{len(layers) - 1}, got {asked}")
     return {"cache": bool(use_cache), "hidden_states": {layers[n] for n in asked}, "attentions": bool(attentions)}
@@ -186,7 +201,7 @@ def further_outputs(outputs: ModelOutput, cache_name: str, asked: dict) -> dict:
 def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) -> UGroundSegmentation:
     """Outputs for consecutive rows of one batch, with prompts of one length and the same images, as one output."""
     length = max(part.sequences.shape[1] for part in parts)
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in fields(UGroundSegmentation):
         values = [part[field.name] for part in parts if part.get(field.name) is not None]
         if not values:
@@ -197,7 +212,7 @@ def join_segmentations(parts: list[UGroundSegmentation], padding_token_id: int) 
                 for value in values
             ]
         elif field.name == "segment_row":
-            starts = torch.tensor([0] + [len(part.sequences) for part in parts[:-1]]).cumsum(0).tolist()
+            starts = torch.tensor([0] + [part.sequences.shape[0] for part in parts[:-1]]).cumsum(0).tolist()
             values = [value + start for value, start in zip(values, starts, strict=True)]
         shared = field.name == "prompt_length" or field.name.endswith("_sizes")
         joined[field.name] = values[0] if shared else torch.cat(values)

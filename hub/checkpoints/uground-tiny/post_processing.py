@@ -1,30 +1,45 @@
 """From what the model returns to what a user wants: masks in image pixels, scores, boxes, labels."""
 
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
 import torch
-from torch import nn
+from torch.nn import functional as F
+from transformers import ProcessorMixin
 
 from .answer_labels import decode_answer, label_segments, recover_query
 from .argument_checks import check_number
 
-# Low-resolution mask logits live at 1/4 of the SAM frame.
+# Where a call does not say the side of the SAM frame, mask logits live at 1/4 of it.
 FRAME_SCALE = 4
-# Masks brought to image size at a time: at the frame of 1024 pixels each takes 4 MiB on the way.
+# Masks whose logits are at image size at a time: of 12 megapixels each takes 48 MB there.
 MASKS_AT_ONCE = 8
+# Matrices kept: at 4,000 pixels and 256 cells one takes 4 MB.
+REMEMBERED = 64
 # Fields of the outputs that are read: of the batch, and of its N segments.
 BATCH_FIELDS = ("sequences", "prompt_length", "image_index", "sam_valid_sizes", "original_sizes")
 SEGMENT_FIELDS = ("segment_row", "layer_index", "mask_logits", "iou_scores", "token_scores")
+# Of heads that have it.
+PRESENCE = "presence_logits"
 
 
-def post_process_masks(mask_logits, sam_valid_sizes, original_sizes) -> list[torch.Tensor]:
+def post_process_masks(
+    mask_logits: torch.Tensor | list[torch.Tensor],
+    sam_valid_sizes: torch.Tensor | list[tuple[int, int]],
+    original_sizes: torch.Tensor | list[tuple[int, int]],
+    frame_side: int | None = None,
+) -> list[torch.Tensor]:
     """
     Bring low-resolution mask logits to the size of their images, as SAM does: bilinear to the SAM frame, crop the
-    padding away, bilinear to the image.
+    padding away, bilinear to the image. Both steps are linear along each axis, and done as one matrix per axis.
 
     Args:
-        mask_logits: I entries, one per image, of shape `(h, w)` or `(n, h, w)`, at 1/4 of the SAM frame. A list of
+        mask_logits: I entries, one per image, of shape `(h, w)` or `(n, h, w)`, that cover the SAM frame. A list of
             tensors, or one tensor whose first axis is I.
         sam_valid_sizes (`(I, 2)`): rows, columns of each SAM frame that are image.
         original_sizes (`(I, 2)`): height, width of each image.
+        frame_side: of the SAM frame in pixels; by default four times that of the logits, as it is with SAM and SAM 2.
 
     Returns:
         I float32 tensors `(H, W)` or `(n, H, W)`; a pixel is mask where the logit is above 0.
@@ -40,26 +55,33 @@ def post_process_masks(mask_logits, sam_valid_sizes, original_sizes) -> list[tor
     results = []
     for logits, valid, original in zip(mask_logits, sam_valid_sizes, original_sizes, strict=True):
         stacked = logits.reshape(-1, *logits.shape[-2:])
-        parts = [_to_image_size(part, _pair(valid), _pair(original)) for part in stacked.split(MASKS_AT_ONCE)]
+        sizes = (_pair(valid), _pair(original), frame_side)
+        parts = [_to_image_size(part, *sizes) for part in stacked.split(MASKS_AT_ONCE)]
         full = torch.cat(parts) if len(parts) > 1 else parts[0]
         results.append(full.reshape(*logits.shape[:-2], *full.shape[-2:]))
     return results
 
 
 def segment_scores(
-    mask_logits: torch.Tensor, iou_scores: torch.Tensor, token_scores: torch.Tensor, mask_threshold: float = 0.0
+    mask_logits: torch.Tensor,
+    iou_scores: torch.Tensor,
+    token_scores: torch.Tensor,
+    mask_threshold: float = 0.0,
+    presence: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     One score per segment: how sure the model is that the thing is there and that the mask fits it.
 
-    score = t * sqrt(u * c), with t the probability with which the segment token was written, u SAM's estimate of the
-    IoU, clamped to 0..1, and c the mean mask probability inside of the mask. The token answers whether there is
-    anything; u and c are two opinions on the same fit, hence their geometric mean.
+    score = sqrt(t * p) * sqrt(u * c), with t the probability with which the segment token was written, p that with
+    which a SAM 2 takes the thing for there, u SAM's estimate of the IoU, clamped to 0..1, and c the mean mask
+    probability inside of the mask. Token and presence answer whether there is anything, and u and c are two opinions
+    on the same fit, hence their geometric means. Without p the first root is t.
 
     Args:
         mask_logits (`(N, h, w)`): mask logits; minus infinity where there is no image.
         iou_scores, token_scores (`(N,)`): see above.
         mask_threshold: logit above which a pixel is mask.
+        presence (`(N,)`, *optional*): p, in 0..1.
 
     Returns:
         `(N,)` float32 in 0..1; 0 for an empty mask.
@@ -69,7 +91,10 @@ def segment_scores(
     area = inside.sum(1)
     confidence = (logits.sigmoid().flatten(1) * inside).sum(1) / area.clamp(min=1)
     fit = (iou_scores.float().clamp(0, 1) * confidence).sqrt()
-    return torch.where(area > 0, token_scores.float().clamp(0, 1) * fit, 0.0)
+    there = token_scores.float().clamp(0, 1)
+    if presence is not None:
+        there = (there * presence.float()).sqrt()
+    return torch.where(area > 0, there * fit, 0.0)
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
@@ -96,7 +121,12 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def post_process_segments(
-    processor, outputs, threshold: float = 0.0, mask_threshold: float = 0.0, target_sizes=None, queries=None
+    processor: ProcessorMixin,
+    outputs: Mapping[str, Any],
+    threshold: float = 0.0,
+    mask_threshold: float = 0.0,
+    target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    queries: list[str] | None = None,
 ) -> list[dict]:
     """
     Answers and segments, query by query.
@@ -119,6 +149,7 @@ def post_process_segments(
         - **boxes** (`(n, 4)`, float32): x0, y0, x1, y1 in pixels, see [`masks_to_boxes`].
         - **labels** (`list[str]`): the phrase of the answer that a segment belongs to, or the query.
         - **layers** (`(n,)`, int64): the layer each segment was read at.
+        - **presences** (`(n,)`, float32 in 0..1, with a SAM 2): how sure it is that the thing is there.
         - **finished** (`bool`, where the outputs say it): whether the answer came to its end; one that was cut may
           lack segments.
 
@@ -142,7 +173,11 @@ def post_process_segments(
         chosen = fields["segment_row"] == row
         valid = _pair(fields["sam_valid_sizes"][image_index[row]])
         segments = _finish_segments(
-            {name: fields[name][chosen] for name in SEGMENT_FIELDS}, valid, sizes[row], mask_threshold
+            {name: fields[name][chosen] for name in (*SEGMENT_FIELDS, PRESENCE) if name in fields},
+            valid,
+            sizes[row],
+            mask_threshold,
+            getattr(processor, "sam_frame_side", None),
         )
         labels = label_segments(answer, query, processor.segment_token, processor.reject_token)
         if len(labels) != len(segments["scores"]):
@@ -179,42 +214,70 @@ def _read_outputs(outputs) -> dict:
                 f"outputs must be what model.segment(...) returned, got {type(outputs).__name__} without {name}"
             )
         fields[name] = value
-    for name in SEGMENT_FIELDS:
+    if (presence := _read(outputs, PRESENCE)) is not None:
+        fields[PRESENCE] = presence
+    of_segments = [name for name in (*SEGMENT_FIELDS, PRESENCE) if name in fields]
+    for name in of_segments:
         fields[name] = fields[name].to(fields["mask_logits"].device)
-    for name in ("mask_logits", "iou_scores", "token_scores"):
+    for name in of_segments[2:]:
         if torch.isnan(fields[name]).any():
             raise ValueError(f"the model produced NaN in {name}: its weights are broken, or its dtype is too narrow")
     return fields
 
 
-def _finish_segments(fields: dict, valid_hw, image_hw, mask_threshold: float) -> dict[str, torch.Tensor]:
-    """Masks, scores, boxes and layers of the segments of one query."""
+def _finish_segments(
+    fields: dict, valid_hw, image_hw, mask_threshold: float, frame_side: int | None
+) -> dict[str, torch.Tensor]:
+    """Masks, scores, boxes, layers and presence of the segments of one query."""
     logits = fields["mask_logits"]
-    parts = [_to_image_size(part, valid_hw, image_hw) > mask_threshold for part in logits.split(MASKS_AT_ONCE)]
-    masks = torch.cat(parts)
+    sizes = (valid_hw, image_hw, frame_side)
+    masks = torch.cat([_to_image_size(part, *sizes) > mask_threshold for part in logits.split(MASKS_AT_ONCE)])
     # What SAM draws into the padding is cut away from the masks, so it must not count in their scores either.
-    rows, columns = (-(-side // FRAME_SCALE) for side in valid_hw)
+    frame = _frame_hw(logits, frame_side)
+    cells = zip(valid_hw, logits.shape[-2:], frame, strict=True)
+    rows, columns = (-(-valid * count // side) for valid, count, side in cells)
     padded = torch.full_like(logits, -torch.inf)
     padded[:, :rows, :columns] = logits[:, :rows, :columns]
-    scores = segment_scores(padded, fields["iou_scores"], fields["token_scores"], mask_threshold)
+    presence = fields[PRESENCE].float().sigmoid() if PRESENCE in fields else None
+    scores = segment_scores(padded, fields["iou_scores"], fields["token_scores"], mask_threshold, presence)
     return {
         "masks": masks,
         "scores": scores * masks.flatten(1).any(1),
         "boxes": masks_to_boxes(masks),
         "layers": fields["layer_index"],
+        **({} if presence is None else {"presences": presence}),
     }
 
 
-def _to_image_size(logits: torch.Tensor, valid_hw: tuple[int, int], image_hw: tuple[int, int]) -> torch.Tensor:
-    """`(n, h, w)` logits at 1/4 of the SAM frame to `(n, H, W)` float32."""
-    frame = [side * FRAME_SCALE for side in logits.shape[-2:]]
+def _frame_hw(logits: torch.Tensor, frame_side: int | None) -> tuple[int, int]:
+    """Rows and columns of the SAM frame that logits `(n, h, w)` cover."""
+    if frame_side is not None:
+        return frame_side, frame_side
+    return logits.shape[-2] * FRAME_SCALE, logits.shape[-1] * FRAME_SCALE
+
+
+def _to_image_size(
+    logits: torch.Tensor, valid_hw: tuple[int, int], image_hw: tuple[int, int], frame_side: int | None
+) -> torch.Tensor:
+    """`(n, h, w)` logits that cover the SAM frame to `(n, H, W)` float32."""
+    frame = _frame_hw(logits, frame_side)
     if not (0 < valid_hw[0] <= frame[0] and 0 < valid_hw[1] <= frame[1]):
-        raise ValueError(f"sam_valid_sizes must lie within the SAM frame of {tuple(frame)}, got {valid_hw}")
-    if not len(logits):
-        return logits.new_zeros((0, *image_hw), dtype=torch.float32)
-    logits = nn.functional.interpolate(logits[:, None].float(), frame, mode="bilinear", align_corners=False)
-    logits = logits[..., : valid_hw[0], : valid_hw[1]]
-    return nn.functional.interpolate(logits, image_hw, mode="bilinear", align_corners=False)[:, 0]
+        raise ValueError(f"sam_valid_sizes must lie within the SAM frame of {frame}, got {valid_hw}")
+    axes = zip(logits.shape[-2:], frame, valid_hw, image_hw, strict=True)
+    rows, columns = (_axis_matrix(*lengths).to(logits.device) for lengths in axes)
+    with torch.autocast(logits.device.type, enabled=False):
+        return rows @ logits.float() @ columns.mT
+
+
+@lru_cache(REMEMBERED)
+def _axis_matrix(cells: int, side: int, valid: int, length: int) -> torch.Tensor:
+    """
+    Along one axis, `(length, cells)`: what becomes of each cell, found by resizing the identity. The frames of the
+    model, `image_frames.grid_to_image`, give the same matrix from the frame's kind and side.
+    """
+    identity = torch.eye(cells)[None, None]
+    pixels = F.interpolate(identity, (side, cells), mode="bilinear", align_corners=False)
+    return F.interpolate(pixels[:, :, :valid], (length, cells), mode="bilinear", align_corners=False)[0, 0]
 
 
 def _sizes_per_query(original_sizes, target_sizes, image_index: list[int]) -> list[tuple[int, int]]:

@@ -1,7 +1,9 @@
 """The base class of our models: how weights begin, and how a checkpoint is loaded or refused."""
 
 import copy
+import os
 import re
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +12,7 @@ from transformers import initialization as init
 
 from .attention_parts import attention_of_parts
 from .call_arguments import with_answer_length
-from .configuration_uground import UGroundConfig
+from .configuration_uground import MASK_HEADS, UGroundConfig
 from .hub_files import HubFilesMixin, check_shard_names
 from .layer_policy import LayerPolicy
 from .library_compat import hush_hub_kernel
@@ -44,7 +46,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
     # Of release 0.1.0: what training held rewards against lay among the weights.
     _keys_to_ignore_on_load_unexpected = [r"layer_policy\.(reward_ema|reward_updates|critic\..*)"]
     # SAM reads weights of its parts directly, where hooks that fetch them from another device do not see it.
-    _no_split_modules = ["SamHead"]
+    _no_split_modules = [head.__name__ for head in MASK_HEADS.values()]
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -72,7 +74,13 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         return self.__dict__.copy()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """
         Like `PreTrainedModel.from_pretrained`, but a checkpoint that does not fit the model exactly is refused.
 
@@ -110,9 +118,10 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         with_answer_length(model.generation_config)
         return (model, info) if output_loading_info else model
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Like `PreTrainedModel.set_attn_implementation`; flash attention becomes that of the language model alone."""
-        super().set_attn_implementation(attention_of_parts(attn_implementation), *args, **kwargs)
+        asked: Any = attention_of_parts(attn_implementation)
+        super().set_attn_implementation(asked, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -133,7 +142,7 @@ class UGroundPreTrainedModel(HubFilesMixin, PreTrainedModel):
         )
 
 
-def keep_mask_path(quantization_config):
+def keep_mask_path(quantization_config: Any) -> Any:
     """A copy of a quantisation config (object or `dict`) that leaves out what is never quantised."""
     chosen = copy.deepcopy(quantization_config)
     if isinstance(chosen, dict):

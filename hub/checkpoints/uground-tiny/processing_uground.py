@@ -1,10 +1,13 @@
 """The processor of UGround: images and queries to tensors for the model, its outputs to answers and masks."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
 from .image_reading import read_image
@@ -33,8 +36,8 @@ from .prompt_pieces import (
 from .query_layout import flatten_texts, match_answers, pair_images_with_queries
 from .row_encoding import Row, SpecialTokens, expand_image
 
-# What SAM sees of an image.
-SAM_FRAME = "letterbox"
+# What SAM sees of an image: the first, and SAM 2 the second.
+SAM_FRAMES = ("letterbox", "stretch")
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
 # Tokenizers that know no longest context claim one far above this.
@@ -50,8 +53,9 @@ class UGroundProcessor(ProcessorMixin):
     Args:
         image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what the LMM sees of an image, see
             [`make_image_processor`].
-        sam_image_processor (`SamImageProcessorPil`): letterbox for the SAM frame. Both always run on PIL, so that
-            results do not depend on torchvision being installed.
+        sam_image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what SAM sees of an image: a
+            letterbox, or the square of a SAM 2, see [`sam2_image_processor`]. Both always run on PIL, so that results
+            do not depend on torchvision being installed; a `Sam2ImageProcessor` is taken for its settings.
         tokenizer: a fast tokenizer that holds `segment_token` and `image_token`, and `reject_token` if the model can
             reject, as one id each.
         patch_size (`int`, defaults to 14): side of an LMM image token in pixels of the LMM image.
@@ -74,20 +78,23 @@ class UGroundProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        sam_image_processor=None,
-        tokenizer=None,
-        patch_size=14,
-        segment_token="[SEG]",
-        reject_token="[REJ]",
-        image_token="<image>",
-        chat_template=None,
+        image_processor: Any = None,
+        sam_image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int = 14,
+        segment_token: str = "[SEG]",
+        reject_token: str | None = "[REJ]",
+        image_token: str = "<image>",
+        chat_template: str | None = None,
     ):
         image_processor = on_pil(image_processor, "image_processor")
         sam_image_processor = on_pil(sam_image_processor, "sam_image_processor")
-        sam_frame, _ = frame_of(sam_image_processor)
-        if sam_frame != SAM_FRAME:
-            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {SAM_FRAME}, got {sam_frame}")
+        sam_frame, side = frame_of(sam_image_processor)
+        # A letterbox is a SAM's, whose logits tell its side.
+        self.sam_frame_side = None if sam_frame == SAM_FRAMES[0] else side
+        if sam_frame not in SAM_FRAMES:
+            expected = " or a ".join(SAM_FRAMES)
+            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {expected}, got {sam_frame}")
         self.patch_size = patch_size
         self.segment_token = segment_token
         self.reject_token = reject_token
@@ -106,11 +113,11 @@ class UGroundProcessor(ProcessorMixin):
         self.num_image_tokens = (side // patch_size) ** 2
         if chat_template is None:
             chat_template = _default_chat_template(tokenizer)
-        self._reader = None
+        self._reader: tuple[tuple, SpecialTokens] | None = None
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
         Like `ProcessorMixin.from_pretrained`.
 
@@ -149,7 +156,7 @@ class UGroundProcessor(ProcessorMixin):
         check_length(tokenizer)
         return [*(IMAGE_PROCESSORS[saved_type(setting)](**{**setting, **changed}) for setting in settings), tokenizer]
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation: list, *args: Any, **kwargs: Any) -> Any:
         """
         As in transformers; the texts that it hands on to be read count as whole prompts, of whatever template.
 
@@ -169,7 +176,15 @@ class UGroundProcessor(ProcessorMixin):
                 raise
             raise ValueError(f"the chat template does not take the conversation: {error}") from error
 
-    def __call__(self, images=None, text=None, answers=None, *, is_prompt=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list | None = None,
+        answers: str | list | None = None,
+        *,
+        is_prompt: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """
         Args:
             images: one image or a list, of anything [`read_image`] takes. Without images, `text` is read as it is,
@@ -255,7 +270,7 @@ class UGroundProcessor(ProcessorMixin):
         """What the LMM sees of an image, as `config.image_frame` of its model says it."""
         return frame_of(self.image_processor)[0]
 
-    def check_token_ids(self, config) -> None:
+    def check_token_ids(self, config: PreTrainedConfig) -> None:
         """Refuse a model with other ids or another frame, see [`prompt_format.check_token_ids`]."""
         check_token_ids(config, self)
 
@@ -273,12 +288,22 @@ class UGroundProcessor(ProcessorMixin):
             "original_sizes",
         ]
 
-    def post_process_masks(self, mask_logits, sam_valid_sizes, original_sizes) -> list[torch.Tensor]:
+    def post_process_masks(
+        self,
+        mask_logits: torch.Tensor | list[torch.Tensor],
+        sam_valid_sizes: torch.Tensor | list[tuple[int, int]],
+        original_sizes: torch.Tensor | list[tuple[int, int]],
+    ) -> list[torch.Tensor]:
         """Mask logits at image size, see [`post_processing.post_process_masks`]."""
-        return post_process_masks(mask_logits, sam_valid_sizes, original_sizes)
+        return post_process_masks(mask_logits, sam_valid_sizes, original_sizes, self.sam_frame_side)
 
     def post_process_instance_segmentation(
-        self, outputs, threshold=0.0, mask_threshold=0.0, target_sizes=None, queries=None
+        self,
+        outputs: Mapping[str, Any],
+        threshold: float = 0.0,
+        mask_threshold: float = 0.0,
+        target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        queries: list[str] | None = None,
     ) -> list[dict]:
         """Answers, masks, scores, boxes and labels per query, see [`post_processing.post_process_segments`]."""
         return post_process_segments(self, outputs, threshold, mask_threshold, target_sizes, queries)
@@ -337,9 +362,10 @@ class UGroundProcessor(ProcessorMixin):
     def _special_tokens(self) -> SpecialTokens:
         """What reads texts; made anew where tokenizer or template have changed."""
         key = (id(self.tokenizer), len(self.tokenizer), self.chat_template)
-        if self._reader is None or self._reader[0] != key:
-            self._reader = (key, SpecialTokens(self))
-        return self._reader[1]
+        reader = self._reader
+        if reader is None or reader[0] != key:
+            reader = self._reader = (key, SpecialTokens(self))
+        return reader[1]
 
     def _limit(self, rows: list[Row], options: CallOptions) -> list[Row]:
         """The rows, cut where the call says so; without that one that is too long is refused."""
@@ -362,7 +388,11 @@ class UGroundProcessor(ProcessorMixin):
             "input_ids": [row.ids for row in rows],
             "attention_mask": [[1] * len(row.ids) for row in rows],
         }
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        fills: dict[str, Any] = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORED_LABEL,
+        }
         if with_labels:
             data["labels"] = [
                 [token if learnt else IGNORED_LABEL for token, learnt in zip(row.ids, row.learnt, strict=True)]

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import cached_file
 
 from .image_processors import DEFAULT_TYPE, IMAGE_PROCESSORS, type_of
@@ -26,7 +27,7 @@ LONGEST_REASON = 240
 
 
 @contextmanager
-def names_broken_files(source, **options) -> Iterator[None]:
+def names_broken_files(source: object, **options: Any) -> Iterator[None]:
     """
     While a processor is loaded: an error that its files led to becomes one sentence that names the file.
 
@@ -63,7 +64,7 @@ def names_broken_files(source, **options) -> Iterator[None]:
 
 
 @contextmanager
-def names_tokenizer_files(source, **options) -> Iterator[None]:
+def names_tokenizer_files(source: object, **options: Any) -> Iterator[None]:
     """While the tokenizer of a processor is loaded: of its files, those that do not fit their kind are named."""
     try:
         yield
@@ -153,14 +154,14 @@ def check_fields(settings: dict) -> None:
         raise ValueError(f"{PROCESSOR_FILE}: patch_size must be a whole number of at least 1, got {size!r:.60}")
 
 
-def check_length(tokenizer) -> None:
+def check_length(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a `ValueError` unless the longest text of a tokenizer is a number of tokens."""
     longest = tokenizer.model_max_length
     if not _is_number(longest) or longest < 1:
         raise ValueError(f"{TOKENIZER_SETTINGS}: model_max_length must be a number of at least 1, got {longest!r:.60}")
 
 
-def check_template(processor, source, **options) -> None:
+def check_template(processor: ProcessorMixin, source: object, **options: Any) -> None:
     """
     Raise a `ValueError` unless the chat template of a processor can be rendered.
 
@@ -178,7 +179,7 @@ def check_template(processor, source, **options) -> None:
         raise ValueError(f"{TEMPLATE_FILE} cannot be used ({_one_line(error)})") from error
 
 
-def check_prompt_format(processor, source) -> None:
+def check_prompt_format(processor: ProcessorMixin, source: object) -> None:
     """Raise a `ValueError` unless a rendered chat template holds all that a prompt needs; one cut short may not."""
     try:
         first = PromptFormat.of(processor).first

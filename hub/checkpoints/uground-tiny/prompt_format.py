@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
 # Stands for a query or an answer when a template is rendered to see what surrounds them; no template holds it.
 PLACEHOLDER = "zqxjk"
 EARLIER_FRAME = "letterbox"
 
 
-def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
+def resolve_token(tokenizer: PreTrainedTokenizerBase, token: str | None, required: bool = True) -> int | None:
     """
     The id of a token, looked up by name.
 
@@ -33,7 +35,7 @@ def resolve_token(tokenizer, token: str, required: bool = True) -> int | None:
     return token_id
 
 
-def check_token_ids(config, processor) -> None:
+def check_token_ids(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
     """
     See that a model and a processor mean the same tokens, and see images alike.
 
@@ -58,7 +60,7 @@ def check_token_ids(config, processor) -> None:
             )
 
 
-def check_image_frame(config, processor) -> None:
+def check_image_frame(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
     """Raise a `ValueError` unless a processor shows images as the model of a config was trained to see them."""
     # Code of release 0.1.0 knew one frame and did not name it.
     said, made = (getattr(owner, "image_frame", EARLIER_FRAME) for owner in (config, processor))
@@ -89,7 +91,7 @@ class PromptFormat:
     next_turn: str
 
     @classmethod
-    def of(cls, processor) -> "PromptFormat":
+    def of(cls, processor: ProcessorMixin) -> "PromptFormat":
         """
         Read the format off the chat template of a processor.
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transformers import ProcessorMixin
+
 from .prompt_format import PLACEHOLDER, PromptFormat
 
 # Who a piece is from. In the template's words every special token counts, in an answer the segment and the reject
@@ -47,7 +49,9 @@ def join_pieces(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def render_prompt(processor, turns: list[tuple[str, str]], query: str, learn_answers: bool = False) -> RenderedPrompt:
+def render_prompt(
+    processor: ProcessorMixin, turns: list[tuple[str, str]], query: str, learn_answers: bool = False
+) -> RenderedPrompt:
     """
     A whole prompt of a conversation about one image, which stands in front of the first query.
 
@@ -89,7 +93,7 @@ def _messages(said: list[str]) -> list[dict]:
     return messages
 
 
-def query_prompts(processor, queries: list[str]) -> list[list[Piece]]:
+def query_prompts(processor: ProcessorMixin, queries: list[str]) -> list[list[Piece]]:
     """
     Pieces of the prompts that ask one query each.
 
@@ -102,7 +106,7 @@ def query_prompts(processor, queries: list[str]) -> list[list[Piece]]:
     return prompts
 
 
-def check_rendering(processor, conversations: list[list[dict]], prompts: list[str]) -> None:
+def check_rendering(processor: ProcessorMixin, conversations: list[list[dict]], prompts: list[str]) -> None:
     """Raise a `ValueError` where the chat template writes a conversation otherwise than it was put together."""
     rendered = processor.apply_chat_template(conversations, add_generation_prompt=True) if conversations else []
     for prompt, expected in zip(rendered, prompts, strict=True):

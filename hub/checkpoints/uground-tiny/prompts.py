@@ -111,10 +111,11 @@ def build_mask_prompts(
         `(N, side, side)` float32.
     """
     side, device = prompt_frame.side, similarity_map.device
+    grid_hw = similarity_map.shape[1], similarity_map.shape[2]
     prompts = similarity_map.new_full((similarity_map.shape[0], side, side), padding_value, dtype=torch.float32)
     for image in segment_image.unique().tolist():
         chosen = (segment_image == image).nonzero().squeeze(-1)
-        matrices = grid_to_grid(tuple(similarity_map.shape[1:]), lmm_frame, image_sizes[image], prompt_frame)
+        matrices = grid_to_grid(grid_hw, lmm_frame, image_sizes[image], prompt_frame)
         resized = apply_matrices(similarity_map[chosen], *(matrix.to(device) for matrix in matrices))
         inside = inside_windows(prompt_frame, image_sizes[image]).to(device)
         prompts = prompts.index_copy(0, chosen, torch.where(inside, resized, padding_value))

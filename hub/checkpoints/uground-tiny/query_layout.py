@@ -1,12 +1,13 @@
 """Which query is about which image: the accepted nestings of images, texts and answers, brought to one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def pair_images_with_queries(images, text) -> tuple[list, list[list[str]]]:
+def pair_images_with_queries(images: Any, text: Any) -> tuple[list, list[list[str]]]:
     """
     Bring images and queries to a flat list of images and one list of queries per image.
 
@@ -51,7 +52,7 @@ def pair_images_with_queries(images, text) -> tuple[list, list[list[str]]]:
     return images, queries
 
 
-def flatten_texts(text) -> list[str]:
+def flatten_texts(text: str | list) -> list[str]:
     """
     Texts without images as a list.
 
@@ -76,7 +77,7 @@ def check_characters(text: str, name: str) -> None:
         ) from error
 
 
-def match_answers(answers, queries: list[list[str]]) -> list[str]:
+def match_answers(answers: str | list, queries: list[list[str]]) -> list[str]:
     """
     Flatten answers that are nested like the text they answer.
 
@@ -112,7 +113,7 @@ def _is_list(value) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def is_list_of_images(images) -> bool:
+def is_list_of_images(images: Any) -> bool:
     """Whether these are several images: a list, or an array or tensor with an axis more than an image has."""
     return _is_list(images) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4)
 

@@ -1,14 +1,32 @@
-"""Whether an answer means "not there": the model says so, or every map it made is weak."""
+"""Whether an answer means "not there": the model says so, or everything that it found is weak."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-# The peak below which a similarity map counts as weak: `benchmarks/rejection.py` chooses it on validation scenes so
-# that it costs at most 2 % of the answerable queries, and docs/speed.md has what it brings on test scenes. It belongs
-# to the bundled checkpoint; measure it anew for another model.
-REJECT_THRESHOLD = 0.985
+# The presence below which a SAM 2 takes a thing for absent: its own rule, that the logit is above 0.
+PRESENCE_THRESHOLD = 0.5
+
+
+def valid_maps(outputs: Mapping[str, Any], patch_size: int) -> list[list[np.ndarray]]:
+    """
+    Similarity maps without the image tokens that see padding only.
+
+    Args:
+        outputs: of `model.segment` or `model.read_masks`, for B rows.
+        patch_size: pixels of an image token.
+
+    Returns:
+        Of each of the B rows, the maps `(h, w)` of its segments, in order.
+    """
+    maps: list[list[np.ndarray]] = [[] for _ in range(len(outputs["sequences"]))]
+    for row, similarity_map in zip(outputs["segment_row"].tolist(), outputs["similarity_map"], strict=True):
+        valid = outputs["valid_sizes"][outputs["image_index"][row]]
+        rows, columns = (-(-side // patch_size) for side in valid.tolist())
+        maps[row].append(similarity_map[:rows, :columns].float().cpu().numpy())
+    return maps
 
 
 def map_peak(similarity_map: np.ndarray) -> float:
@@ -25,7 +43,12 @@ def map_peak(similarity_map: np.ndarray) -> float:
 
 
 def is_rejected(
-    answer: str, peaks: Sequence[float], reject_token: str = "[REJ]", threshold: float = REJECT_THRESHOLD
+    answer: str,
+    peaks: Sequence[float],
+    reject_token: str = "[REJ]",
+    threshold: float = 0.0,
+    presences: Sequence[float] = (),
+    presence_threshold: float = PRESENCE_THRESHOLD,
 ) -> bool:
     """
     The rejection rule.
@@ -34,13 +57,20 @@ def is_rejected(
         answer: what was written, special tokens included.
         peaks: of the similarity maps of its segments, see [`map_peak`].
         reject_token: the token that says "not there".
-        threshold: a map with a lower peak is weak; 0 leaves the token alone to decide.
+        threshold: a segment whose map has a lower peak is weak, `reject_threshold` of the checkpoint's config; 0
+            leaves that out.
+        presences: of the same segments, in 0..1, from a mask head that estimates it; or none.
+        presence_threshold: a segment of lower presence is weak; 0 leaves that out.
 
     Returns:
-        `True` if the answer holds the reject token and no segment, or segments whose maps are all weak. An answer in
+        `True` if the answer holds the reject token and no segment, or segments that are all weak. An answer in
         words alone rejects nothing. An answer that rejects one thing and finds another is not rejected.
     """
-    return max(peaks) < threshold if len(peaks) else reject_token in answer
+    if not len(peaks):
+        return reject_token in answer
+    presences = presences if len(presences) else [1.0] * len(peaks)
+    pairs = zip(peaks, presences, strict=True)
+    return all(peak < threshold or presence < presence_threshold for peak, presence in pairs)
 
 
-__all__ = ["REJECT_THRESHOLD", "is_rejected", "map_peak"]
+__all__ = ["PRESENCE_THRESHOLD", "is_rejected", "map_peak", "valid_maps"]

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
 from .prompt_format import PromptFormat
 from .prompt_pieces import ASSISTANT, TEMPLATE, USER, Piece, join_pieces
 
@@ -45,7 +47,7 @@ class SpecialTokens:
             and the added ones that the chat template writes. Each with its id.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor: ProcessorMixin):
         self._in_answers = {processor.segment_token, processor.reject_token}
         added = processor.tokenizer.added_tokens_decoder
         form = PromptFormat.of(processor)
@@ -59,7 +61,9 @@ class SpecialTokens:
         self._unknown = processor.tokenizer.unk_token
         self._backend = None
 
-    def encode(self, tokenizer, rows: list[list[Piece]], add_special_tokens: bool | None) -> list[Row]:
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, rows: list[list[Piece]], add_special_tokens: bool | None
+    ) -> list[Row]:
         """
         Rows whose image is one placeholder.
 
@@ -215,7 +219,7 @@ def _edges(pieces: list[Piece]) -> list[int]:
     return [place for place in range(1, len(pieces)) if pieces[place].learnt != pieces[place - 1].learnt]
 
 
-def expand_image(row: Row, image_token_id: int, count: int) -> Row:
+def expand_image(row: Row, image_token_id: int | None, count: int) -> Row:
     """
     The row with `count` image tokens for its placeholder.
 

@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 # Earlier turns that a session with history repeats to the model; older ones are forgotten.
 MAX_TURNS = 8
@@ -35,7 +36,14 @@ class ImageSession:
         turns: with history, the `(query, answer)` pairs remembered, oldest first.
     """
 
-    def __init__(self, model, image, processor, history: bool = False, max_turns: int = MAX_TURNS):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image: Any,
+        processor: ProcessorMixin,
+        history: bool = False,
+        max_turns: int = MAX_TURNS,
+    ):
         if isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1:
             raise ValueError(f"max_turns must be a whole number of at least 1, got {max_turns!r}")
         self.turns: list[tuple[str, str]] = []
@@ -49,7 +57,9 @@ class ImageSession:
         self._images = model.get_image_embeddings(**inputs)
         self._prefix = model.read_prefix(inputs["input_ids"], inputs["attention_mask"], None, self._images)
 
-    def __call__(self, query: str | list[str], threshold: float = 0.0, mask_threshold: float = 0.0, **settings):
+    def __call__(
+        self, query: str | list[str], threshold: float = 0.0, mask_threshold: float = 0.0, **settings: Any
+    ) -> dict | list[dict]:
         """
         Args:
             query: a query, or, without history, a list of queries, which are answered as a batch. Without history, a
@@ -103,7 +113,8 @@ class ImageSession:
 
     def close(self) -> None:
         """Free everything the session holds; closing twice does no harm."""
-        self._model = self._processor = self._image = self._images = self._prefix = None
+        for held in ("_model", "_processor", "_image", "_images", "_prefix"):
+            setattr(self, held, None)
         self.turns = []
 
     def __enter__(self) -> "ImageSession":
@@ -116,7 +127,9 @@ class ImageSession:
 class ImageSessionMixin:
     """`image_session` of [`UGroundForReferringSegmentation`]."""
 
-    def image_session(self, image, processor=None, history: bool = False, max_turns: int = MAX_TURNS) -> ImageSession:
+    def image_session(
+        self, image: Any, processor: ProcessorMixin | None = None, history: bool = False, max_turns: int = MAX_TURNS
+    ) -> ImageSession:
         """
         Ask one image several times, encoding it once.
 
@@ -137,7 +150,13 @@ class ImageSessionMixin:
                 tokens are not the model's.
             OSError: the checkpoint holds no processor, or the image cannot be read.
         """
-        return ImageSession(self, image, self._own_processor() if processor is None else processor, history, max_turns)
+        return ImageSession(
+            cast(PreTrainedModel, self),
+            image,
+            self._own_processor() if processor is None else processor,
+            history,
+            max_turns,
+        )
 
     def _own_processor(self):
         origin = self.config.name_or_path
@@ -148,7 +167,7 @@ class ImageSessionMixin:
         return AutoProcessor.from_pretrained(origin, trust_remote_code=trusted, revision=self.revision)
 
 
-def image_fingerprint(image) -> str:
+def image_fingerprint(image: Any) -> str:
     """What changes when the content of an image changes; a URL is taken to stay what it is."""
     while isinstance(image, Sequence) and not isinstance(image, (str, bytes)) and len(image) == 1:
         image = image[0]

@@ -5,7 +5,6 @@ all rows share one cached block of keys and values: `[prefix][padding][rest]`.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,7 @@ from transformers.cache_utils import Cache
 from .layer_states import ImageStates, PrefixStates
 from .library_compat import CACHE_NAME
 from .query_rows import Rows
+from .states_again import KeptLayers, StatesAgain
 
 
 @dataclass
@@ -63,7 +63,7 @@ def _first_rows(keys: list[tuple]) -> dict[tuple, int]:
 
 
 def find_prefix(
-    lmm: nn.Module, rows: Rows, num_layers: int, known: SharedPrefix | None = None, kept: Sequence[int] | None = None
+    lmm: nn.Module, rows: Rows, num_layers: int, known: SharedPrefix | None = None, kept: KeptLayers | None = None
 ) -> SharedPrefix | None:
     """
     The prefixes of all rows: what is known of them, or read now.
@@ -73,7 +73,7 @@ def find_prefix(
         rows: padded on the left.
         num_layers: L+1.
         known (*optional*): read before.
-        kept: layers whose image states are kept; all by default.
+        kept: of which layers image states are kept; of all by default.
 
     Returns:
         `None` if rows cannot share, see [`Rows.prefix_keys`].
@@ -81,10 +81,10 @@ def find_prefix(
     if rows.prefix_keys is None:
         return None
     prefix = None if known is None else known.of_rows(rows)
-    return prefix or _read_prefixes(lmm, rows, num_layers, kept)
+    return prefix or _read_prefixes(lmm, rows, num_layers, kept or KeptLayers())
 
 
-def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, kept: Sequence[int] | None) -> SharedPrefix:
+def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, keep: KeptLayers) -> SharedPrefix:
     """Run the LMM over each different prefix once."""
     keys, adapter = rows.prefix_keys, rows.adapter
     first_row = _first_rows(keys)
@@ -98,16 +98,18 @@ def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, kept: Sequence[i
     for name in ("input_ids", "attention_mask", "position_ids"):
         inputs[name] = inputs[name].gather(1, columns)
     more = {"logits_to_keep": 1} if lmm._supports_logits_to_keep() else {}
+    kept = keep.of(len(firsts))
     with PrefixStates(adapter.decoder_layers(lmm), adapter.final_norm(lmm), image_columns - starts, kept) as states:
         outputs = lmm(**inputs, use_cache=True, **more)
     numbers = {key: number for number, key in enumerate(first_row)}
     row_of = torch.tensor([numbers[key] for key in keys], device=device)
+    image_states = StatesAgain(lmm, firsts, num_layers) if kept == [] else states.image_states(num_layers)
     return SharedPrefix(
         keys=list(first_row),
         features=firsts.features,
         length=length,
         cache=outputs[CACHE_NAME],
-        image_states=states.image_states(num_layers).of_rows(row_of),
+        image_states=image_states.of_rows(row_of),
     )
 
 
