@@ -5,8 +5,8 @@
 
 Each system is trained by `recipes/tiny.yaml` for the same steps with a cosine schedule, from the same untrained
 language model and the same trained towers, and measured on the same test scenes by its own choice of layer. Then the
-trained checkpoint is read at every layer, by `argmax` and by `mc`. Prints both as Markdown tables, with mean and spread
-(largest minus smallest) over seeds. What is finished in --runs is not done again.
+trained checkpoint is read at every layer, by `argmax` and by `mc`. Prints both as Markdown tables, with mean and
+spread (largest minus smallest) over seeds. What is finished in --runs is not done again.
 """
 
 import argparse
