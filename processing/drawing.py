@@ -166,9 +166,9 @@ def _panels(image: Image.Image, result: Mapping, min_side: int) -> list[Image.Im
     panels = [_with_lines(overlay, [query] if query else [], below, scale)]
     last_layer = getattr(result, "last_layer", None)
     for number, segment in enumerate(segments):
-        layer = f"layer {segment['layer']}{'' if last_layer is None else f' of {last_layer}'}"
         name, color = f"{number + 1} {segment['label']}", segment_color(number)
         if "similarity_map" in segment:
+            layer = f"layer {segment['layer']}{'' if last_layer is None else f' of {last_layer}'}"
             panel = draw_similarity(image, segment["similarity_map"], min_side, segment.get("similarity_box"))
             panels.append(_with_lines(panel, [name], [f"similarity at {layer}"], scale, color))
         if "uncertainty" in segment:

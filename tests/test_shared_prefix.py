@@ -5,7 +5,7 @@ import torch
 from tiny import END_TOKEN, IMAGE_TOKEN, SEGMENT_TOKEN, say_only, tiny_inputs, tiny_model
 from transformers import BitsAndBytesConfig, LogitsProcessor, LogitsProcessorList
 
-from uground.modeling_uground.head_sam import mask_overlap
+from uground.modeling_uground.mask_head import mask_overlap
 from uground.modeling_uground.pretrained_uground import keep_mask_path
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
