@@ -237,7 +237,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         else:
             step_tokens, step_masks = tokens.clamp_min(1), max(1, len(keys))
         outputs = self._forward(model, inputs, step_tokens)
-        geometry = Geometry.of(self.bare_model.config, inputs["original_sizes"])
+        geometry = Geometry.of(self.bare_model.config, inputs)
         other_maps = outputs.other_maps
         grounding = grounding_terms(outputs, groups, step_masks, self._map_target, geometry, other_maps)
         rewards = torch.cat([grounding.rewards[None], grounding.other_rewards])
