@@ -191,6 +191,7 @@ class UGroundConfig(PreTrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        lmm_adapter(self.lmm_config, self.image_frame)
         if (self.mask_head is None) != (self.sam_config is None):
             raise ValueError(f"mask_head 'sam' and a sam_config go together, got mask_head {self.mask_head!r}")
         if self.mask_head and not self.prompts:

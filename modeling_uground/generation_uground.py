@@ -87,14 +87,12 @@ class SegmentGenerationMixin(GenerationMixin):
         if (input_ids is None) == (inputs is None):
             raise ValueError(f"generate takes either input_ids or inputs, got {'none' if inputs is None else 'both'}")
         input_ids = inputs if input_ids is None else input_ids
-        image_inputs = self.take_image_inputs(generate_kwargs)
+        more = self.take_image_inputs(generate_kwargs)
         refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
-        rows = self.prepare_rows(
-            input_ids, attention_mask, image_index, image_embeddings, frames, image_inputs=image_inputs
-        )
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
         return self.lmm.generate(**rows.lmm_inputs(), generation_config=settings, **others)
 
     @torch.no_grad()
@@ -137,14 +135,12 @@ class SegmentGenerationMixin(GenerationMixin):
             ValueError: padding on the right, an unsupported argument, or weights that give NaN.
             UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
-        image_inputs = self.take_image_inputs(generate_kwargs)
+        more = self.take_image_inputs(generate_kwargs)
         refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
         _check_left_padding(attention_mask)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
-        rows = self.prepare_rows(
-            input_ids, attention_mask, image_index, image_embeddings, frames, image_inputs=image_inputs
-        )
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
+        rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")

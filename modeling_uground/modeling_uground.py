@@ -224,29 +224,22 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
             layer states (or those of a list of layers) and attentions, which need `attn_implementation="eager"`.
             return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
-            kwargs: `num_items_in_batch`, which divides the text loss instead of the number of labels; and what else
-            the LMM's encoder needs, as the processor returns it, see `LmmAdapter.image_keys`.
+            kwargs: `num_items_in_batch`, which divides the text loss instead of the number of labels; what
+            [`take_image_inputs`] takes.
 
         Raises:
             ValueError: an argument does not fit; see the sentence.
             UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
-        image_inputs = self.take_image_inputs(kwargs)
+        more = self.take_image_inputs(kwargs)
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
         refuse_unknown(self.forward, kwargs, (*LOSS_ARGUMENTS, *self.adapter.image_keys))
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
         check_labels(labels, input_ids)
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
         rows = self.prepare_rows(
-            input_ids,
-            attention_mask,
-            image_index,
-            image_embeddings,
-            frames,
-            position_ids,
-            sam_embeddings,
-            image_inputs,
+            input_ids, attention_mask, image_index, image_embeddings, frames, position_ids, sam_embeddings
         )
         outputs = self.lmm(
             **rows.lmm_inputs(),
@@ -439,19 +432,17 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         attention_mask: torch.Tensor | None,
         image_index: torch.Tensor | None,
         image_embeddings: UGroundImageEmbeddings | None,
-        frames: tuple[torch.Tensor | None, ...] = (),
+        frames: tuple[Any, ...] = (),
         position_ids: torch.Tensor | None = None,
         sam_embeddings: torch.Tensor | None = None,
-        image_inputs: dict[str, torch.Tensor] | None = None,
     ) -> Rows:
         """
         Rows as the LMM takes them, and the images that they ask about, encoded unless they were before.
 
         Args:
             input_ids, attention_mask, image_index, image_embeddings, position_ids, sam_embeddings: as in [`forward`].
-            frames: pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and original_sizes, needed without
-                `image_embeddings`.
-            image_inputs: of [`take_image_inputs`].
+            frames: pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes and what
+                [`take_image_inputs`] gives, needed without `image_embeddings`.
 
         Raises:
             ValueError: something is missing, or does not fit together.
@@ -462,12 +453,13 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
                     "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes "
                     "and original_sizes"
                 )
+            *tensors, more = frames
             image_embeddings = self.get_image_embeddings(
-                *frames,
+                *tensors,
                 input_ids=input_ids,
                 image_index=image_index,
                 sam_embeddings=sam_embeddings,
-                **(image_inputs or {}),
+                **more,
             )
         image_index = resolve_image_index(image_index, len(input_ids), len(image_embeddings.lmm_features))
         attention = self.lmm.config.get_text_config()._attn_implementation
