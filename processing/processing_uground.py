@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
+from .image_processors import IMAGE_PROCESSORS, cell_side, frame_of, is_native, on_pil, read_frames, read_native
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
 from .processor_files import (
@@ -38,6 +38,8 @@ from .row_encoding import Row, SpecialTokens, expand_image
 
 # What SAM sees of an image.
 SAM_FRAME = "letterbox"
+# Side of an LMM image token in pixels where nothing says another: that of CLIP's large tower.
+PATCH_SIZE = 14
 # Label value that the cross-entropy of PyTorch ignores.
 IGNORED_LABEL = -100
 # Tokenizers that know no longest context claim one far above this.
@@ -51,22 +53,25 @@ class UGroundProcessor(ProcessorMixin):
     Prepares images and queries for [`UGroundForReferringSegmentation`] and turns its outputs into answers and masks.
 
     Args:
-        image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what the LMM sees of an image, see
-            [`make_image_processor`].
+        image_processor (`SamImageProcessorPil`, `CLIPImageProcessorPil` or that of an LMM in `NATIVE`): what the LMM
+            sees of an image, see [`make_image_processor`].
         sam_image_processor (`SamImageProcessorPil`): letterbox for the SAM frame. Both always run on PIL, so that
             results do not depend on torchvision being installed.
         tokenizer: a fast tokenizer that holds `segment_token` and `image_token`, and `reject_token` if the model can
             reject, as one id each.
-        patch_size (`int`, defaults to 14): side of an LMM image token in pixels of the LMM image.
+        patch_size (`int`, *optional*): side of an LMM image token in pixels of the LMM image; by default 14, or what
+            the LMM's own image processor says.
         segment_token (`str`, defaults to `"[SEG]"`): the token that asks for a mask.
         reject_token (`str`, defaults to `"[REJ]"`): the token that says "not there"; a tokenizer may lack it.
         image_token (`str`, defaults to `"<image>"`): placeholder of an image in a prompt.
-        chat_template (`str`, *optional*): Jinja template of a conversation; by default the LLaVA-v1 one that lies
-            beside this file, without `<im_start>` and `<im_end>` if the tokenizer does not know them.
+        chat_template (`str`, *optional*): Jinja template of a conversation; with an LMM's own image processor that of
+            its tokenizer, by default the LLaVA-v1 one that lies beside this file, without `<im_start>` and `<im_end>`
+            if the tokenizer does not know them.
 
     Attributes:
         segment_token_id, reject_token_id (`None` if absent), image_token_id: ids, resolved by name.
-        num_image_tokens: image tokens of one image, (image size // patch size) squared.
+        num_image_tokens: image tokens of one image, (image size // patch size) squared; `None` where each image has
+            a number of its own.
         image_frame: what the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
 
     Raises:
@@ -80,7 +85,7 @@ class UGroundProcessor(ProcessorMixin):
         image_processor: Any = None,
         sam_image_processor: Any = None,
         tokenizer: Any = None,
-        patch_size: int = 14,
+        patch_size: int | None = None,
         segment_token: str = "[SEG]",
         reject_token: str | None = "[REJ]",
         image_token: str = "<image>",
@@ -91,6 +96,8 @@ class UGroundProcessor(ProcessorMixin):
         sam_frame, _ = frame_of(sam_image_processor)
         if sam_frame != SAM_FRAME:
             raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {SAM_FRAME}, got {sam_frame}")
+        own_side = cell_side(image_processor) if is_native(image_processor) else None
+        patch_size = patch_size or own_side or PATCH_SIZE
         self.patch_size = patch_size
         self.segment_token = segment_token
         self.reject_token = reject_token
@@ -104,10 +111,18 @@ class UGroundProcessor(ProcessorMixin):
             if getattr(tokenizer, role) is None:
                 raise ValueError(f"the tokenizer of a UGroundProcessor must have a {role}, got one without")
         _, side = frame_of(image_processor)
-        if patch_size < 1 or side % patch_size:
+        if side is None and patch_size != own_side:
+            raise ValueError(
+                f"patch_size must be the {own_side} pixels of the image processor's tokens, got {patch_size}"
+            )
+        if side is not None and (patch_size < 1 or side % patch_size):
             raise ValueError(f"patch_size must divide the LMM image size {side}, got {patch_size}")
-        self.num_image_tokens = (side // patch_size) ** 2
-        if chat_template is None:
+        self.num_image_tokens = None if side is None else (side // patch_size) ** 2
+        if chat_template is None and side is None:
+            chat_template = tokenizer.chat_template
+            if not chat_template:
+                raise ValueError("a chat_template is needed with an LMM's own image processor, got none")
+        elif chat_template is None:
             chat_template = _default_chat_template(tokenizer)
         self._reader: tuple[tuple, SpecialTokens] | None = None
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
@@ -216,6 +231,7 @@ class UGroundProcessor(ProcessorMixin):
             - **image_index** `(B,)` int64: the image a row asks about. Left out where each image has one query, so
               that such outputs can be cut, stacked and joined.
             - **pixel_values** `(I, 3, h, w)`, **sam_pixel_values** `(I, 3, S, S)` float32: what the LMM and SAM see.
+              With an LMM's own image processor `pixel_values` and what else it returns are as it returns them.
             - **valid_sizes**, **sam_valid_sizes** `(I, 2)` int64: rows, columns of them that are image.
             - **original_sizes** `(I, 2)` int64: height, width of the image as given, after EXIF rotation.
 
@@ -231,30 +247,39 @@ class UGroundProcessor(ProcessorMixin):
         images, queries = pair_images_with_queries(images, text)
         flat_queries = [query for asked in queries for query in asked]
         flat_answers = None if answers is None else match_answers(answers, queries)
-        rows = self._read(self._pieces(flat_queries, bool(is_prompt)), flat_answers, options)
+        pieces, frames = self._pieces(flat_queries, bool(is_prompt)), self._read_images(images, options)
+        counts = self._image_tokens(frames)
+        per_row = [count for count, asked in zip(counts, queries, strict=True) for _ in asked]
+        rows = self._read(pieces, flat_answers, options, per_row)
         data = self._pad(rows, options, with_labels=answers is not None)
         if any(len(asked) != 1 for asked in queries):
             image_index = [index for index, asked in enumerate(queries) for _ in asked]
             data["image_index"] = np.asarray(image_index, dtype=np.int64)
-        return self._finish(data | self._read_images(images, options), options)
+        return self._finish(data | frames, options)
 
-    def encode_queries(self, queries: list[str], max_length: int | None = None) -> BatchFeature:
+    def encode_queries(
+        self, queries: list[str], max_length: int | None = None, image_tokens: int | None = None
+    ) -> BatchFeature:
         """
         Queries about an image that was encoded before: the text part of [`UGroundProcessor.__call__`].
 
         Args:
             queries: B queries, or whole prompts.
             max_length: as in [`UGroundProcessor.__call__`].
+            image_tokens: of that image; needed where each image has a number of its own.
 
         Returns:
             `BatchFeature` with **input_ids** and **attention_mask** `(B, T)`.
 
         Raises:
-            ValueError: a query is empty, no string, or too long.
+            ValueError: a query is empty, no string, or too long; or `image_tokens` is needed.
         """
+        count = self.num_image_tokens if image_tokens is None else image_tokens
+        if count is None:
+            raise ValueError("encode_queries needs image_tokens, the number of them in the image that was encoded")
         options = CallOptions(max_length=max_length)
         _, (checked,) = pair_images_with_queries([None], [list(queries)])
-        rows = self._read(self._pieces(checked, False), None, options)
+        rows = self._read(self._pieces(checked, False), None, options, [count] * len(checked))
         return self._finish(self._pad(rows, options, with_labels=False), options)
 
     def render_prompt(self, turns: list[tuple[str, str]], query: str, learn_answers: bool = False) -> RenderedPrompt:
@@ -282,6 +307,7 @@ class UGroundProcessor(ProcessorMixin):
             "sam_pixel_values",
             "sam_valid_sizes",
             "original_sizes",
+            *(name for name in self.image_processor.model_input_names if name != "pixel_values"),
         ]
 
     def post_process_masks(
@@ -326,8 +352,16 @@ class UGroundProcessor(ProcessorMixin):
             prompts.append(pieces)
         return prompts
 
-    def _read(self, prompts: list[list[Piece]], answers: list[str] | None, options: CallOptions) -> list[Row]:
-        """Rows of prompts and their answers, images expanded, none longer than it may be."""
+    def _image_tokens(self, frames: dict[str, np.ndarray]) -> list[int]:
+        """Image tokens of each image that was read."""
+        if self.num_image_tokens is not None:
+            return [self.num_image_tokens] * len(frames["original_sizes"])
+        return (frames["valid_sizes"] // self.patch_size).prod(-1).tolist()
+
+    def _read(
+        self, prompts: list[list[Piece]], answers: list[str] | None, options: CallOptions, counts: list[int]
+    ) -> list[Row]:
+        """Rows of prompts and their answers, images expanded to `counts` tokens, none longer than it may be."""
         if answers is not None:
             form = PromptFormat.of(self)
             for number, (pieces, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -340,8 +374,10 @@ class UGroundProcessor(ProcessorMixin):
                 written = ((form.before_answer, TEMPLATE), (answer.strip(), ASSISTANT), (form.after_answer, TEMPLATE))
                 prompts[number] = pieces + [Piece(text, speaker, learnt=True) for text, speaker in written if text]
         rows = [
-            expand_image(row, self.image_token_id, self.num_image_tokens)
-            for row in self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens)
+            expand_image(row, self.image_token_id, count)
+            for row, count in zip(
+                self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens), counts, strict=True
+            )
         ]
         return self._limit(rows, options)
 
@@ -422,11 +458,14 @@ class UGroundProcessor(ProcessorMixin):
         """Both frames of every image, and the sizes of image and frames."""
         names = ["the image"] if len(images) == 1 else [f"image {i + 1} of {len(images)}" for i in range(len(images))]
         pictures = [read_image(image, name) for image, name in zip(images, names, strict=True)]
-        pixels, valid = read_frames(self.image_processor, pictures, options.images)
+        if is_native(self.image_processor):
+            seen = read_native(self.image_processor, pictures, options.images)
+        else:
+            pixels, valid = read_frames(self.image_processor, pictures, options.images)
+            seen = {"pixel_values": pixels, "valid_sizes": valid}
         sam_pixels, sam_valid = read_frames(self.sam_image_processor, pictures, options.images)
         return {
-            "pixel_values": pixels,
-            "valid_sizes": valid,
+            **seen,
             "sam_pixel_values": sam_pixels,
             "sam_valid_sizes": sam_valid,
             "original_sizes": np.asarray([(picture.height, picture.width) for picture in pictures], dtype=np.int64),
