@@ -174,6 +174,11 @@ class LmmAdapter:
         """Rows and columns of the image tokens of every image; `None` where each image has its own."""
         return None
 
+    @property
+    def cell_side(self) -> int:
+        """Side of an image token in pixels of the frame."""
+        return self.frame.side // self.token_grid_hw[0]
+
     def layout(self, valid_sizes: torch.Tensor, image_inputs: Mapping[str, torch.Tensor]) -> TokenLayout:
         """
         Where the image tokens lie.
