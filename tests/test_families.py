@@ -1,13 +1,17 @@
 """What every family of LMMs must do: as a plain call of the LMM, alone as in a batch, written as teacher-forced."""
 
+import numpy as np
 import pytest
 import torch
 from test_shared_prefix import Write
 from tiny import SEGMENT_TOKEN as S
 from tiny_families import FAMILIES, GRIDS, family_config, family_inputs, family_model
+from tiny_processor import qwen_processor
+from tiny_training import example, losses_of, tiny_trainer
 from transformers import LogitsProcessorList
 
 from uground.modeling_uground.layer_states import PrefixStates
+from uground.training.adapters import lora_config, with_adapter
 from uground.training.collator import pack_rows
 
 ROWS = [[5, 6, S, 7], [8, S, 9, 10, S, 11], [12, 13, 14, S], [5, S, 6]]
@@ -178,3 +182,28 @@ def test_a_model_is_saved_and_loaded(model, inputs, tmp_path):
 def test_other_frames_are_refused(family):
     with pytest.raises(ValueError, match="image_frame of a .* must be one of"):
         family_config(family, image_frame="letterbox")
+
+
+def test_the_trainer_trains_it_packed_and_with_an_adapter(family, tmp_path):
+    model, processor = family_model(family), qwen_processor()
+    # Two queries about each of two images, packed into one row each.
+    items = [{"image": example(2 * n)["image"], "examples": [example(2 * n, 0), example(2 * n, 3)]} for n in range(2)]
+    trainer = tiny_trainer(tmp_path, items, model.train(), {"processing_class": processor}, max_steps=1)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer.train()
+    for name, value in model.named_parameters():
+        assert torch.isfinite(value).all(), name
+        assert value.requires_grad or torch.equal(value, before[name]), name
+    assert np.isfinite(losses_of(trainer)).all()
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert any("language_model.layers" in name for name in changed) and not any("visual" in name for name in changed)
+
+
+def test_an_adapter_trains_new_rows_of_a_tied_vocabulary(family, inputs):
+    model = family_model(family)
+    adapted = with_adapter(model, lora_config(model, qwen_processor(), rank=2, alpha=4, dropout=0.0))
+    outputs = adapted(**inputs, labels=inputs["input_ids"], layer_selection="last")
+    (outputs.loss + outputs.mask_logits.square().mean()).backward()
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    assert any("lora_A" in name for name in trained) and any("trainable_tokens" in name for name in trained)
+    assert not any("visual" in name for name in trained)
