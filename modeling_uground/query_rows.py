@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from transformers.utils import logging
 
 from .lmm_access import LmmAdapter
 from .output_uground import UGroundImageEmbeddings
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -76,6 +79,10 @@ class Rows:
         `None` if rows cannot share one: the LMM is not causal there, or a row ends with its image.
         """
         if not (self.adapter.prefix_is_causal and self.adapter.cache_can_be_selected):
+            logger.info_once(
+                f"queries about an image share no prefix with a {self.adapter.config.model_type}: each is read by "
+                "itself, with the same results"
+            )
             return None
         starts, ends = self.starts.tolist(), (self.image_columns[:, -1] + 1).tolist()
         if max(ends) == self.input_ids.shape[1]:

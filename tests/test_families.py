@@ -207,3 +207,30 @@ def test_an_adapter_trains_new_rows_of_a_tied_vocabulary(family, inputs):
     trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
     assert any("lora_A" in name for name in trained) and any("trainable_tokens" in name for name in trained)
     assert not any("visual" in name for name in trained)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lacking", ["prefix_is_causal", "cache_can_be_selected"])
+def test_without_a_shared_prefix_the_same_is_written(model, inputs, monkeypatch, lacking):
+    queries = family_rows(inputs, [[5, 6], [8, 9, 10], [12], [7]])
+    answers = [[20, S, 21, 2], [S, 22, S, 2], [23, 24, S, 2], [S, 25, 26, 2]]
+
+    def write():
+        rule = {"logits_processor": LogitsProcessorList([Write(answers)]), "max_new_tokens": 4}
+        return model.segment(**queries, **rule, layer_selection="last")
+
+    shared = write()
+    monkeypatch.setattr(type(model.adapter), lacking, False)
+    single = write()
+    assert torch.equal(shared.sequences, single.sequences)
+    torch.testing.assert_close(shared.mask_logits, single.mask_logits, atol=1e-4, rtol=1e-3)
+
+
+def test_a_family_without_masks_per_token_is_trained_row_by_row(family, tmp_path, monkeypatch):
+    model = family_model(family)
+    monkeypatch.setattr(type(model.adapter), "takes_4d_masks", False)
+    items = [{"image": example(0)["image"], "examples": [example(0, 0), example(0, 3)]}]
+    trainer = tiny_trainer(tmp_path, items, model.train(), {"processing_class": qwen_processor()}, max_steps=1)
+    assert trainer.data_collator.pack_queries is False
+    trainer.train()
+    assert np.isfinite(losses_of(trainer)).all()
