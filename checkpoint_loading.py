@@ -152,11 +152,11 @@ def check_pair(config: UGroundConfig, processor: UGroundProcessor, source: objec
             f"{source}: the tokenizer has {len(processor.tokenizer)} tokens, the vocabulary of the model {vocabulary}"
         )
     adapter = lmm_adapter(config.lmm_config, config.image_frame)
-    side = adapter.frame.side
+    side = None if adapter.frame is None else adapter.frame.side
     sizes = (
         ("image_processor", frame_of(processor.image_processor)[1], side),
         ("sam_image_processor", frame_of(processor.sam_image_processor)[1], config.frame_size),
-        ("patch_size", processor.patch_size, side // adapter.token_grid_hw[0]),
+        ("patch_size", processor.patch_size, adapter.cell_side),
     )
     for name, said, expected in sizes:
         if said != expected:

@@ -1,4 +1,4 @@
-"""Put a fresh UGround together from a LLaVA and a SAM.
+"""Put a fresh UGround together from an LMM and a SAM.
 
 python -m uground.hub.assemble --lmm llava-hf/llava-1.5-7b-hf --sam facebook/sam2.1-hiera-large --output uground-start
 
@@ -18,7 +18,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from uground.command_line import DTYPES, run_command, seed_number
 from uground.hub.convert.official_tokenizer import IMAGE, REJECT, SEGMENT
@@ -30,9 +37,14 @@ from uground.hub.weights.weight_files import WeightFiles, first_line, resolve_fo
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.checkpoint_files import names_config, read_json_object
 from uground.modeling_uground.configuration_uground import SIMILARITY_SCALINGS
+from uground.modeling_uground.lmm_families import LMM_ADAPTERS, lmm_adapter, usual_frame
 from uground.processing import UGroundProcessor, letterbox_image_processor
+from uground.processing.image_processors import IMAGE_PROCESSORS, NATIVE, type_of
 
-LMM_TYPES = ("llava", "llava_next")
+LLAVA_TYPES = ("llava", "llava_next")
+LMM_TYPES = (*LLAVA_TYPES, *(name for name in LMM_ADAPTERS if name not in LLAVA_TYPES))
+# Where an LMM of transformers keeps the settings of its image processor, and older ones their template.
+IMAGE_FILES, OLD_TEMPLATE = ("preprocessor_config.json", "processor_config.json"), "chat_template.json"
 # Settings that LLaVA-1.5 and 1.6 share; what 1.6 has besides is its tiling, which UGround does without.
 LLAVA_SETTINGS = (
     "image_token_index",
@@ -52,12 +64,15 @@ _LMM_NAMES = (
     (r"language_model\.model\.", "model.language_model."),
     (r"(model\.)?language_model\.", "model.language_model."),
     (r"lm_head\.", "lm_head."),
+    # Of Qwen-VL before transformers 4.52.
+    (r"visual\.", "model.visual."),
+    (r"model\.(?=(layers|embed_tokens|norm)\.)", "model.language_model."),
 )
 _LMM_IGNORED = r"(model\.)?image_newline|.*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
 
 
 def lmm_name(name: str) -> str | None:
-    """Name in `LlavaForConditionalGeneration` of a tensor in a LLaVA file; `None` for what is of no use."""
+    """Name in the LMM of transformers of a tensor in one of its files; `None` for what is of no use."""
     if re.fullmatch(_LMM_IGNORED, name):
         return None
     for pattern, prefix in _LMM_NAMES:
@@ -88,17 +103,17 @@ def assemble(
     Write a fresh UGround.
 
     Args:
-        lmm: folder or Hub id of a LLaVA-1.5 or 1.6 of transformers.
+        lmm: folder or Hub id of a LLaVA-1.5 or 1.6, a Qwen2.5-VL or a Qwen3-VL of transformers.
         sam: folder or Hub id of a `SamModel`, `Sam2Model` or `Sam3TrackerModel`, of images or video, or a `.pth` of
             Meta's SAM.
         output: folder to write, new or empty.
-        dtype: of the written weights; by default that of the LLaVA.
+        dtype: of the written weights; by default that of the LMM.
         similarity_scaling: see [`UGroundConfig`].
         seed: of the new projection.
 
     Raises:
         OSError: something cannot be read or written, or the output is not empty.
-        ValueError: LLaVA, tokenizer or SAM is not what it should be.
+        ValueError: LMM, tokenizer or SAM is not what it should be.
     """
     output = Path(output)
     check_output(output)
@@ -117,12 +132,12 @@ def assemble(
         reject_token_id=tokenizer.convert_tokens_to_ids(REJECT),
         similarity_scaling=similarity_scaling,
     )
-    vision = lmm_config.vision_config
     processor = UGroundProcessor(
-        letterbox_image_processor(vision.image_size),
+        read_image_processor(lmm_folder, lmm_config),
         sam_frames(sam_config, config.frame_size, sam_folder),
         tokenizer,
-        patch_size=vision.patch_size,
+        patch_size=config.adapter.cell_side,
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
     )
     with torch.device("meta"):
         model = UGroundForReferringSegmentation(config)
@@ -142,9 +157,28 @@ def assemble(
     )
 
 
-def read_lmm_config(folder: Path) -> LlavaConfig:
+def read_image_processor(folder: Path, lmm_config: PreTrainedConfig) -> Any:
     """
-    The configuration of a LLaVA-1.5 or 1.6, as one of LLaVA-1.5, which looks at an image once and as a whole.
+    What makes the LMM's frames: its own image processor where it sees images in their own proportions.
+
+    Raises:
+        OSError, ValueError: it has none, or one that is not known here.
+    """
+    adapter = lmm_adapter(lmm_config, usual_frame(lmm_config))
+    if adapter.frame is not None:
+        return letterbox_image_processor(adapter.frame.side)
+    path = next((folder / name for name in IMAGE_FILES if (folder / name).is_file()), folder / IMAGE_FILES[0])
+    settings = read_json_object(path)
+    settings = settings.get("image_processor", settings)
+    kind = type_of(str(settings.get("image_processor_type")))
+    if kind not in NATIVE:
+        raise ValueError(f"The image processor of {folder} must be a {' or '.join(NATIVE)}, got {kind}.")
+    return IMAGE_PROCESSORS[kind](**settings)
+
+
+def read_lmm_config(folder: Path) -> PreTrainedConfig:
+    """
+    The configuration of an LMM; that of a LLaVA-1.6 as one of LLaVA-1.5, which looks at an image once and as a whole.
 
     Raises:
         OSError: there is none.
@@ -161,6 +195,8 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
         )
     with names_config(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type not in LLAVA_TYPES:
+        return config
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
             f"The LMM {folder} must drop the class token (vision_feature_select_strategy 'default'), got "
@@ -177,9 +213,9 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
     )
 
 
-def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTokenizerBase, int]:
+def read_tokenizer(folder: Path, lmm_config: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase, int]:
     """
-    The tokenizer of a LLaVA with `[SEG]` and `[REJ]` added, and how many tokens it had before.
+    The tokenizer of an LMM with `[SEG]` and `[REJ]` added, and how many tokens it had before.
 
     Raises:
         OSError: there is none, or it cannot be read.
@@ -189,8 +225,9 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # tokenizers raises the base class alone
         raise OSError(f"The tokenizer in {folder} cannot be read ({first_line(error)}).") from error
+    is_llava = lmm_config.model_type in LLAVA_TYPES
     image_token_id = tokenizer.get_vocab().get(IMAGE)
-    if image_token_id != lmm_config.image_token_id:
+    if is_llava and image_token_id != lmm_config.image_token_id:
         raise ValueError(
             f"{IMAGE} is number {image_token_id} in the tokenizer of {folder}, but number {lmm_config.image_token_id} "
             f"in its config.json."
@@ -203,8 +240,11 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTok
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     limit = lmm_config.get_text_config().max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-    # The conversation is the one of UGround; that of a LLaVA ends its answers in another way.
-    tokenizer.chat_template = None
+    if is_llava:
+        # The conversation is the one of UGround; that of a LLaVA ends its answers in another way.
+        tokenizer.chat_template = None
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = read_json_object(folder / OLD_TEMPLATE).get("chat_template")
     return tokenizer, num_old
 
 
@@ -232,7 +272,7 @@ def open_sam(source: str) -> Any:
 
 
 def _dtype_of(lmm_weights: WeightFiles) -> torch.dtype:
-    """Data type of the embeddings of a LLaVA."""
+    """Data type of the embeddings of an LMM."""
     names = {lmm_name(name): name for name in lmm_weights.shapes}
     embeddings = names.get(VOCABULARY[0].removeprefix(LMM_PREFIX))
     return torch.get_default_dtype() if embeddings is None else lmm_weights.dtype_of(embeddings)
@@ -247,7 +287,7 @@ def plan_parts(
     num_tokens: int,
 ) -> list[Part]:
     """
-    What comes from the LLaVA and what from the SAM; both are complete and both are used up.
+    What comes from the LMM and what from the SAM; both are complete and both are used up.
 
     Args:
         model: of the configuration to be written, on the meta device.
@@ -259,8 +299,12 @@ def plan_parts(
         ValueError: tensors are missing, unexpected or of the wrong shape; the sentence names them.
     """
     lmm_targets, sam_targets = {}, {}
+    # The head of an LMM that ties it to its embeddings is not written; some files hold it all the same.
+    tied = (VOCABULARY[1],) if model.lmm.config.tie_word_embeddings else ()
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
+        if name in tied:
+            continue
         if name in VOCABULARY:
             change = partial(extend_vocabulary, num_old=num_old, num_tokens=num_tokens, num_rows=shape[0])
             lmm_targets[name.removeprefix(LMM_PREFIX)] = Target(name, None, change)
@@ -269,12 +313,18 @@ def plan_parts(
         elif name.startswith(SAM_PREFIX) and not _is_tied(model, name.removeprefix(SAM_PREFIX)):
             sam_targets[name.removeprefix(SAM_PREFIX)] = Target(name, shape)
     parts = [
-        Part(f"The LMM {lmm_weights.path}", lmm_weights, lmm_name, lmm_targets),
+        Part(f"The LMM {lmm_weights.path}", lmm_weights, partial(_untied_name, tied=tied), lmm_targets),
         Part(f"The SAM {sam_weights.path}", sam_weights, rename_sam, sam_targets),
     ]
     for part in parts:
         part.check()
     return parts
+
+
+def _untied_name(name: str, tied: tuple[str, ...]) -> str | None:
+    """As [`lmm_name`], without what is tied to something else."""
+    found = lmm_name(name)
+    return None if found is not None and LMM_PREFIX + found in tied else found
 
 
 def _is_tied(model, name: str) -> bool:
@@ -326,14 +376,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--lmm", required=True, metavar="LLAVA", help="folder or Hub id of a LLaVA-1.5 or 1.6")
+    parser.add_argument("--lmm", required=True, help="folder or Hub id of a LLaVA, Qwen2.5-VL or Qwen3-VL")
     parser.add_argument(
         "--sam",
         required=True,
         help="folder or Hub id of a SAM, SAM 2 or SAM 3 of transformers, or a .pth of Meta's SAM",
     )
     parser.add_argument("--output", required=True, metavar="OUT", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the written weights (default: as in LLAVA)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the written weights (default: as in the LMM)")
     parser.add_argument(
         "--similarity-scaling", choices=SIMILARITY_SCALINGS, default="scaled", help="minmax is the official one"
     )

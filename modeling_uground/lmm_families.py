@@ -4,11 +4,16 @@ from typing import Any
 
 from .lmm_access import LmmAdapter
 from .lmm_llava import LlavaAdapter
+from .lmm_qwen_vl import Qwen3VLAdapter, QwenVLAdapter
 
-LMM_ADAPTERS: dict[str, type[LmmAdapter]] = {"llava": LlavaAdapter}
+LMM_ADAPTERS: dict[str, type[LmmAdapter]] = {
+    "llava": LlavaAdapter,
+    "qwen2_5_vl": QwenVLAdapter,
+    "qwen3_vl": Qwen3VLAdapter,
+}
 
 
-def lmm_adapter(lmm_config: Any, image_frame: str) -> LmmAdapter:
+def lmm_adapter(lmm_config: Any, image_frame: str | None) -> LmmAdapter:
     """
     The adapter of an LMM.
 
@@ -19,7 +24,16 @@ def lmm_adapter(lmm_config: Any, image_frame: str) -> LmmAdapter:
     Raises:
         ValueError: the family is not known here, or does not see images that way.
     """
-    adapter = LMM_ADAPTERS.get(lmm_config.model_type)
-    if adapter is None:
+    return _family(lmm_config)(lmm_config, image_frame)
+
+
+def usual_frame(lmm_config: Any) -> str:
+    """What an LMM of this family usually sees of an image; raises as [`lmm_adapter`]."""
+    return _family(lmm_config).frames[0]
+
+
+def _family(lmm_config: Any) -> type[LmmAdapter]:
+    family = LMM_ADAPTERS.get(lmm_config.model_type)
+    if family is None:
         raise ValueError(f"the LMM must be of type {', '.join(LMM_ADAPTERS)}, got {lmm_config.model_type!r}")
-    return adapter(lmm_config, image_frame)
+    return family

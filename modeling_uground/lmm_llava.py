@@ -1,11 +1,13 @@
 """LLaVA: a CLIP tower at one square size, a projector, and a decoder with positions that count tokens."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .image_frames import ImageFrame
-from .lmm_access import LmmAdapter, ModuleNames
+from .lmm_access import LmmAdapter, ModuleNames, TokenLayout
 
 
 class LlavaAdapter(LmmAdapter):
@@ -35,6 +37,9 @@ class LlavaAdapter(LmmAdapter):
 
     def token_validity(self, valid_sizes: torch.Tensor) -> torch.Tensor:
         """
+        Image tokens that see image and not padding only: `(I, 2)` rows and columns of the frame that are image to
+        `(I, h, w)` bool.
+
         A patch is valid when its first pixel lies inside the image: the nearest-neighbour down-sampling of the pixel
         mask that the official code uses.
         """
@@ -45,23 +50,25 @@ class LlavaAdapter(LmmAdapter):
         ]
         return inside[0][:, :, None] & inside[1][:, None, :]
 
-    def encode(self, lmm: nn.Module, pixel_values: torch.Tensor, token_valid: torch.Tensor) -> torch.Tensor:
+    def frame_of(self, grid_hw: tuple[int, int]) -> ImageFrame:
+        return self.frame
+
+    def layout(self, valid_sizes: torch.Tensor, image_inputs: Mapping[str, torch.Tensor]) -> TokenLayout:
+        return TokenLayout.full(self.token_validity(valid_sizes))
+
+    def encode(
+        self, lmm: nn.Module, pixel_values: torch.Tensor, layout: TokenLayout, image_inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, None]:
         dtype = lmm.get_input_embeddings().weight.dtype
         if dtype not in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-        mask = vision_key_mask(token_valid, dtype)
+        mask = vision_key_mask(layout.valid, dtype)
         arguments = {} if mask is None else {"attention_mask": mask}
         features = lmm.get_image_features(pixel_values.to(dtype), return_dict=True, **arguments).pooler_output
-        return torch.stack(list(features))
+        return torch.stack(list(features)), None
 
-    def image_outputs(self, row_features: torch.Tensor) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(pooler_output=list(row_features))
-
-    def decoder_layers(self, lmm: nn.Module) -> list[nn.Module]:
-        return list(lmm.model.language_model.layers)
-
-    def final_norm(self, lmm: nn.Module) -> nn.Module:
-        return lmm.model.language_model.norm
+    def image_outputs(self, features: torch.Tensor, further: None, counts: torch.Tensor) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=list(features))
 
     def unused(self) -> tuple[str, ...]:
         depth, layer = self.config.vision_config.num_hidden_layers, self.config.vision_feature_layer

@@ -20,6 +20,7 @@ from .image_rows import check_images, check_labels, check_queries, resolve_image
 from .layer_policy import LayerChoice, LayerPolicy, draw_layers, log_probs_of, select_layers
 from .layer_states import ImageStates, states_at
 from .library_compat import CACHE_NAME
+from .lmm_access import on_grid
 from .mask_head import HEAD_FIELDS, ImageMaps, mask_overlap
 from .output_uground import UGroundImageEmbeddings, UGroundOutput, UGroundSegmentation, asked_outputs, further_outputs
 from .pretrained_uground import UGroundPreTrainedModel
@@ -129,7 +130,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         input_ids: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         sam_embeddings: ImageMaps | None = None,
-        **queries: Any,
+        **others: Any,
     ) -> UGroundImageEmbeddings:
         """
         Encode images once; hand the result to `forward` or `segment` as `image_embeddings=` for any number of queries.
@@ -140,26 +141,41 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             input_ids, image_index (*optional*): if given, it is checked that they belong to these images. What else
             the processor returned may be passed along and is not read.
             sam_embeddings (*optional*): of these images, made before, as the mask head makes them.
+            others: what else the LMM's encoder needs, see `LmmAdapter.image_keys`.
 
         Raises:
             ValueError: the sizes do not fit together, or no query asks about one of the images.
             UnknownKeywordError: a keyword is none of these, a `TypeError` and `ValueError`.
         """
-        refuse_unknown(self.get_image_embeddings, queries, QUERY_INPUTS)
-        check_images(pixel_values, sam_pixel_values, valid_sizes, sam_valid_sizes, original_sizes)
+        image_inputs = self.take_image_inputs(others)
+        refuse_unknown(self.get_image_embeddings, others, (*QUERY_INPUTS, *self.adapter.image_keys))
+        missing = [key for key in self.adapter.image_keys if image_inputs.get(key) is None]
+        if missing:
+            raise ValueError(f"a {self.adapter.config.model_type} needs {', '.join(missing)} beside pixel_values")
+        sizes = (valid_sizes, sam_valid_sizes, original_sizes, *image_inputs.values())
+        check_images(pixel_values if self.adapter.pixels_per_image else None, sam_pixel_values, *sizes)
         if input_ids is not None:
-            check_queries(input_ids, image_index, len(pixel_values))
+            check_queries(input_ids, image_index, len(original_sizes))
         if self.mask_decoder is not None and sam_embeddings is None:
             sam_embeddings = self.mask_decoder.encode(sam_pixel_values)
-        token_valid = self.adapter.token_validity(valid_sizes)
+        layout = self.adapter.layout(valid_sizes, image_inputs)
+        features, further = self.adapter.encode(self.lmm, pixel_values, layout, image_inputs)
         return UGroundImageEmbeddings(
-            lmm_features=self.adapter.encode(self.lmm, pixel_values, token_valid),
+            lmm_features=features,
+            further_features=further,
+            token_counts=layout.counts,
+            token_cells=layout.cells,
+            grid_sizes=layout.grid_sizes,
             sam_embeddings=sam_embeddings,
-            token_valid=token_valid,
+            token_valid=layout.valid,
             valid_sizes=valid_sizes,
             sam_valid_sizes=sam_valid_sizes,
             original_sizes=original_sizes,
         )
+
+    def take_image_inputs(self, others: dict) -> dict[str, torch.Tensor]:
+        """Out of further arguments of a call: what the LMM's encoder needs beside pixels."""
+        return {key: others.pop(key) for key in self.adapter.image_keys if others.get(key) is not None}
 
     def forward(
         self,
@@ -208,18 +224,20 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             use_cache, output_hidden_states, output_attentions (`bool`, *optional*): whether to return keys and values,
             layer states (or those of a list of layers) and attentions, which need `attn_implementation="eager"`.
             return_dict (`bool`, *optional*): `False` gives a tuple of what is there.
-            kwargs: `num_items_in_batch`, which divides the text loss instead of the number of labels.
+            kwargs: `num_items_in_batch`, which divides the text loss instead of the number of labels; what
+            [`take_image_inputs`] takes.
 
         Raises:
             ValueError: an argument does not fit; see the sentence.
             UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
-        refuse_unknown(self.forward, kwargs, LOSS_ARGUMENTS)
+        more = self.take_image_inputs(kwargs)
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
+        refuse_unknown(self.forward, kwargs, (*LOSS_ARGUMENTS, *self.adapter.image_keys))
         if inputs_embeds is not None:
             raise ValueError("forward looks for segment tokens in input_ids and takes no inputs_embeds, got some")
         check_labels(labels, input_ids)
         asked = asked_outputs(self.config, use_cache, output_hidden_states, output_attentions)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
         rows = self.prepare_rows(
             input_ids, attention_mask, image_index, image_embeddings, frames, position_ids, sam_embeddings
         )
@@ -303,7 +321,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         draws = draw_layers(logits, uniforms.to(logits.device))
         with torch.no_grad():
             maps = [self._similarity(segments, layers)[1] for layers in draws[1:]]
-        empty = (0, len(segments), *self.config.token_grid_hw)
+        empty = (0, len(segments), *segments.images.token_valid.shape[1:])
         return {
             "layer_draws": draws,
             "draw_log_probs": torch.stack([log_probs_of(logits, layers) for layers in draws]),
@@ -314,8 +332,8 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         """Raw and scaled similarity `(N, h, w)` at one layer per segment."""
         chosen = segments.states[torch.arange(len(segments), device=layer_index.device), :, layer_index].mean(1)
         similarity = image_similarity(chosen, segments.image_states, segments.token_row, layer_index)
-        similarity = similarity.view(-1, *self.config.token_grid_hw)
-        return similarity, self.similarity_scaling(similarity, layer_index).to(similarity.device)
+        similarity = on_grid(similarity, segments.cells, tuple(segments.images.token_valid.shape[1:]))
+        return similarity, self.similarity_scaling(similarity, layer_index, segments.in_grid).to(similarity.device)
 
     def _decode_chosen(self, segments: Segments, choice: LayerChoice) -> dict[str, torch.Tensor]:
         """One layer per segment: similarity, similarity map, prompts, mask logits and IoU estimates."""
@@ -331,7 +349,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
             similarity_map=similarity_map,
             image=segments.image,
             image_sizes=list(map(tuple, segments.images.original_sizes.tolist())),
-            lmm_frame=self.adapter.frame,
+            lmm_frame=self.adapter.frames_of(segments.images.grid_sizes),
             head_frame=self.mask_decoder.frame,
             prompt_side=self.mask_decoder.side,
             padding_value=PADDING_VALUE[self.config.similarity_scaling],
@@ -420,7 +438,7 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
         attention_mask: torch.Tensor | None,
         image_index: torch.Tensor | None,
         image_embeddings: UGroundImageEmbeddings | None,
-        image_inputs: tuple[torch.Tensor | None, ...] = (),
+        frames: tuple[Any, ...] = (),
         position_ids: torch.Tensor | None = None,
         sam_embeddings: ImageMaps | None = None,
     ) -> Rows:
@@ -429,20 +447,25 @@ class UGroundForReferringSegmentation(SegmentGenerationMixin, ImageSessionMixin,
 
         Args:
             input_ids, attention_mask, image_index, image_embeddings, position_ids, sam_embeddings: as in [`forward`].
-            image_inputs: pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes and original_sizes, needed
-                without `image_embeddings`.
+            frames: pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes and what
+                [`take_image_inputs`] gives, needed without `image_embeddings`.
 
         Raises:
             ValueError: something is missing, or does not fit together.
         """
         if image_embeddings is None:
-            if not image_inputs or any(value is None for value in image_inputs):
+            if not frames or any(value is None for value in frames):
                 raise ValueError(
                     "pass image_embeddings, or all of pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes "
                     "and original_sizes"
                 )
+            *tensors, more = frames
             image_embeddings = self.get_image_embeddings(
-                *image_inputs, input_ids=input_ids, image_index=image_index, sam_embeddings=sam_embeddings
+                *tensors,
+                input_ids=input_ids,
+                image_index=image_index,
+                sam_embeddings=sam_embeddings,
+                **more,
             )
         image_index = resolve_image_index(image_index, len(input_ids), len(image_embeddings.lmm_features))
         attention = self.lmm.config.get_text_config()._attn_implementation

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .lmm_access import TokenLayout
 from .mask_head import ImageMaps
 
 
@@ -17,7 +18,11 @@ class UGroundImageEmbeddings(ModelOutput):
     Everything of I images that does not depend on a query: encode once, ask many times.
 
     Args:
-        lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space.
+        lmm_features (`(I, n, D)`): image tokens in the LMM's embedding space, zeros behind those of a smaller image.
+        further_features (`(I, k, n, D)`, *optional*): what an LMM adds to the image tokens behind its first k layers.
+        token_counts (`(I,)`, int64): image tokens of each.
+        token_cells (`(I, n)`, int64): cell of the grid `(h, w)` that each token shows, row * w + column; -1: none.
+        grid_sizes (`(I, 2)`, int64): rows and columns of each image's own grid, at the top left of the common one.
         sam_embeddings (*optional*): SAM's image embeddings, as the mask head makes them: `(I, C, S/16, S/16)` of a
             SAM, several maps `(I, C, h, w)` by name of a SAM 2; `None` without a mask head.
         token_valid (`(I, h, w)`, bool): image tokens that see image and not padding only.
@@ -25,11 +30,21 @@ class UGroundImageEmbeddings(ModelOutput):
     """
 
     lmm_features: torch.Tensor | None = None
+    further_features: torch.Tensor | None = None
+    token_counts: torch.Tensor | None = None
+    token_cells: torch.Tensor | None = None
+    grid_sizes: torch.Tensor | None = None
     sam_embeddings: ImageMaps | None = None
     token_valid: torch.Tensor | None = None
     valid_sizes: torch.Tensor | None = None
     sam_valid_sizes: torch.Tensor | None = None
     original_sizes: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the image tokens lie."""
+        parts: Any = (self.token_counts, self.token_cells, self.grid_sizes, self.token_valid)
+        return TokenLayout(*parts)
 
 
 @dataclass
@@ -42,7 +57,8 @@ class SegmentFields(ModelOutput):
         layer_logits (`(N, L+1)`, float32): of the layer policy; `None` for a model without one.
         layer_index (`(N,)`, int64): layer each segment was read at; under `"mc"` the one drawn most often.
         log_probs (`(N,)`, float32): log-probability of `layer_index` under the policy, `None` without one.
-        similarity (`(N, h, w)`, float32): raw dot products with the image tokens.
+        similarity (`(N, h, w)`, float32): raw dot products with the image tokens; where images have grids of their
+            own, each lies at the top left and the rest is 0.
         similarity_map (`(N, h, w)`, float32): the same after `config.similarity_scaling`.
         points (`(N, K, 2)`, float32, *optional*): with the prompt `points`, x and y in pixels of the SAM frame, as
             handed to the prompt encoder.

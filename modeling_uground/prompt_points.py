@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .image_frames import ImageFrame, apply_matrices, grid_to_image
+from .image_frames import ImageFrame, ImageFrames, apply_matrices, grid_to_image
 
 POSITIVE, NEGATIVE, NEUTRAL = 1, 0, -1
 # What the prompt encoder of transformers leaves out, where there are fewer cells than points.
@@ -91,13 +91,12 @@ def selection_grid(similarity: torch.Tensor, frame: ImageFrame, image_hw: tuple[
         `(n, rows, columns)` over the whole image, in [0, 1]; -1 where the frame shows nothing of it.
     """
     shrunk = similarity
-    if similarity.shape[-1] != frame.side or similarity.shape[-2] != frame.side:
-        shrunk = F.interpolate(
-            similarity[:, None], size=(frame.side, frame.side), mode="bilinear", align_corners=False
-        )[:, 0]
+    height, width = frame.hw
+    if tuple(similarity.shape[-2:]) != frame.hw:
+        shrunk = F.interpolate(similarity[:, None], size=frame.hw, mode="bilinear", align_corners=False)[:, 0]
     (top, bottom), (left, right) = frame.windows(image_hw)
     # A negative padding cuts off.
-    return F.pad(minmax(shrunk), (-left, right - frame.side, -top, bottom - frame.side), value=-1.0)
+    return F.pad(minmax(shrunk), (-left, right - width, -top, bottom - height), value=-1.0)
 
 
 def cell_centres(cells: torch.Tensor, grid_hw: tuple[int, int], image_hw: tuple[int, int]) -> torch.Tensor:
@@ -149,7 +148,7 @@ def similarity_points(
     similarity: torch.Tensor,
     segment_image: torch.Tensor,
     image_sizes: list[tuple[int, int]],
-    frame: ImageFrame,
+    lmm_frame: ImageFrame | ImageFrames,
     settings: PointSettings,
     sam_frame: ImageFrame,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,10 +156,10 @@ def similarity_points(
     Points of N segments over any number of images.
 
     Args:
-        similarity (`(N, h, w)`): raw dot products, the token grid square.
+        similarity (`(N, h, w)`): raw dot products.
         segment_image (`(N,)`): image of each segment.
         image_sizes: height and width of each image.
-        frame: of the LMM, in pixels.
+        lmm_frame: of the LMM, in pixels.
         settings: see [`PointSettings`].
         sam_frame: of the mask decoder, in pixels.
 
@@ -171,11 +170,11 @@ def similarity_points(
     count = settings.num_points
     points = similarity.new_zeros((len(similarity), count, 2), dtype=torch.float32)
     labels = torch.full((len(similarity), count), ABSENT, device=similarity.device)
-    cells_frame = frame.resized(similarity.shape[-1] // settings.downsample)
     for image in segment_image.unique().tolist():
         chosen = (segment_image == image).nonzero().squeeze(-1)
-        raw, image_hw = similarity[chosen].float(), image_sizes[image]
-        scores = selection_grid(raw.detach(), cells_frame, image_hw)
+        raw, image_hw = lmm_frame.own_grid(similarity[chosen].float(), image), image_sizes[image]
+        frame, cells_hw = lmm_frame.of_image(image), [max(1, n // settings.downsample) for n in raw.shape[1:]]
+        scores = selection_grid(raw.detach(), frame.resized(*cells_hw), image_hw)
         cells, labels_here = select_cells(scores.flatten(1), settings)
         centres = cell_centres(cells, tuple(scores.shape[1:]), image_hw)
         matrices = [m.to(raw.device) for m in grid_to_image(tuple(raw.shape[1:]), frame, image_hw)]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .image_frames import ImageFrame, apply_matrices, grid_to_grid, inside_windows
+from .image_frames import ImageFrame, ImageFrames, apply_matrices, grid_to_grid, inside_windows
 from .prompt_points import PointSettings, similarity_points
 
 
@@ -45,7 +45,7 @@ class PromptSource:
     similarity_map: torch.Tensor
     image: torch.Tensor
     image_sizes: list[tuple[int, int]]
-    lmm_frame: ImageFrame
+    lmm_frame: ImageFrame | ImageFrames
     head_frame: ImageFrame
     prompt_side: int
     padding_value: float
@@ -89,7 +89,7 @@ def build_mask_prompts(
     similarity_map: torch.Tensor,
     segment_image: torch.Tensor,
     image_sizes: list[tuple[int, int]],
-    lmm_frame: ImageFrame,
+    lmm_frame: ImageFrame | ImageFrames,
     prompt_frame: ImageFrame,
     padding_value: float,
 ) -> torch.Tensor:
@@ -111,12 +111,13 @@ def build_mask_prompts(
         `(N, side, side)` float32.
     """
     side, device = prompt_frame.side, similarity_map.device
-    grid_hw = similarity_map.shape[1], similarity_map.shape[2]
     prompts = similarity_map.new_full((similarity_map.shape[0], side, side), padding_value, dtype=torch.float32)
     for image in segment_image.unique().tolist():
         chosen = (segment_image == image).nonzero().squeeze(-1)
-        matrices = grid_to_grid(grid_hw, lmm_frame, image_sizes[image], prompt_frame)
-        resized = apply_matrices(similarity_map[chosen], *(matrix.to(device) for matrix in matrices))
+        maps = lmm_frame.own_grid(similarity_map[chosen], image)
+        grid_hw = maps.shape[1], maps.shape[2]
+        matrices = grid_to_grid(grid_hw, lmm_frame.of_image(image), image_sizes[image], prompt_frame)
+        resized = apply_matrices(maps, *(matrix.to(device) for matrix in matrices))
         inside = inside_windows(prompt_frame, image_sizes[image]).to(device)
         prompts = prompts.index_copy(0, chosen, torch.where(inside, resized, padding_value))
     return prompts

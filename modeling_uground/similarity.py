@@ -61,8 +61,27 @@ class SimilarityScaling(nn.Module):
         self.hidden_size = hidden_size
         self.bias = nn.Parameter(torch.zeros(num_layers)) if scaling == "scaled" else None
 
-    def forward(self, similarity: torch.Tensor, layer_index: torch.Tensor) -> torch.Tensor:
-        """`(N, h, w)` products and `(N,)` layers to `(N, h, w)` float32 maps."""
+    def forward(
+        self, similarity: torch.Tensor, layer_index: torch.Tensor, in_grid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            similarity (`(N, h, w)`): products.
+            layer_index (`(N,)`): layers.
+            in_grid (`(N, h, w)`, bool, *optional*): cells of each image's own grid, where these are smaller.
+
+        Returns:
+            `(N, h, w)` float32 maps; outside of the own grid they are as outside of the image.
+        """
+        if in_grid is None or in_grid.all():
+            return self._scale(similarity, layer_index)
+        # Others take the value of a cell that counts, so that they change neither minimum nor maximum.
+        flat = similarity.flatten(1)
+        first = flat.gather(1, in_grid.flatten(1).int().argmax(1, keepdim=True))
+        scaled = self._scale(torch.where(in_grid, similarity, first[..., None]), layer_index)
+        return torch.where(in_grid, scaled, PADDING_VALUE[self.scaling])
+
+    def _scale(self, similarity: torch.Tensor, layer_index: torch.Tensor) -> torch.Tensor:
         if self.scaling == "minmax":
             return minmax(similarity)
         bias = self.bias.float()[layer_index.to(self.bias.device)].to(similarity.device)

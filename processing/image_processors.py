@@ -4,6 +4,9 @@
   every SAM.
 - `centre_crop`: the shortest side fills the frame, the ends of the other are cut off; CLIP's. LISA, SESAME, READ.
 - `stretch`: both sides fill the frame; CLIP's.
+
+An LMM that sees images in their own proportions brings its own image processor (`NATIVE`), whose frame is as large as
+the image asks for: all of the image, stretched to whole tokens along each axis.
 """
 
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 # Of pixels in 0..255: rescaling to 0..1 first would round differently from the official code.
@@ -22,9 +26,10 @@ SAM_STD = [58.395, 57.12, 57.375]
 SAM2_MEAN, SAM2_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LETTERBOX, CENTRE_CROP, STRETCH = "letterbox", "centre_crop", "stretch"
 # By the name that a saved image processor has, without regard to the back-end.
-IMAGE_PROCESSORS = {"SamImageProcessor": SamImageProcessorPil, "CLIPImageProcessor": CLIPImageProcessorPil}
 # Those of SAM 2 and 3, which need torchvision: what they make, a CLIP processor makes on PIL.
 STRETCHING = ("Sam2ImageProcessor", "Sam3ImageProcessor")
+NATIVE = {"Qwen2VLImageProcessor": Qwen2VLImageProcessorPil}
+IMAGE_PROCESSORS = {"SamImageProcessor": SamImageProcessorPil, "CLIPImageProcessor": CLIPImageProcessorPil, **NATIVE}
 BACKENDS = ("Pil", "Fast")
 DEFAULT_TYPE = "SamImageProcessor"
 
@@ -109,7 +114,7 @@ def on_pil(image_processor: BaseImageProcessor, name: str) -> BaseImageProcessor
     The same image processor on the PIL back-end.
 
     Args:
-        image_processor: a `SamImageProcessor` or `CLIPImageProcessor` of any back-end.
+        image_processor: of one of the kinds in `IMAGE_PROCESSORS`, of any back-end.
         name: what to call it.
 
     Raises:
@@ -151,15 +156,28 @@ def from_sam2_settings(settings: dict, name: str) -> CLIPImageProcessorPil:
     return sam2_image_processor(sides.pop(), settings["image_mean"], settings["image_std"])
 
 
-def frame_of(image_processor: BaseImageProcessor, name: str = "image_processor") -> tuple[str, int]:
+def is_native(image_processor: BaseImageProcessor) -> bool:
+    """Whether frames are as large as images ask for."""
+    return isinstance(image_processor, tuple(NATIVE.values()))
+
+
+def cell_side(image_processor: BaseImageProcessor) -> int:
+    """Side of an image token in pixels of the frame, of an image processor whose frames have no fixed size."""
+    return image_processor.patch_size * image_processor.merge_size
+
+
+def frame_of(image_processor: BaseImageProcessor, name: str = "image_processor") -> tuple[str, int | None]:
     """
-    What an image processor makes of an image: the kind of frame, and its side in pixels.
+    What an image processor makes of an image: the kind of frame, and its side in pixels, `None` where that depends on
+    the image.
 
     Raises:
         ValueError: its settings make no square frame.
     """
     if isinstance(image_processor, SamImageProcessorPil):
         return LETTERBOX, image_processor.pad_size["height"]
+    if is_native(image_processor):
+        return STRETCH, None
     size, crop = image_processor.size, image_processor.crop_size
     if image_processor.do_center_crop:
         sides = {size.get("shortest_edge"), crop.get("height"), crop.get("width")}
@@ -172,6 +190,24 @@ def frame_of(image_processor: BaseImageProcessor, name: str = "image_processor")
             f"alike, got size {dict(size)} and crop_size {dict(crop)}"
         )
     return kind, sides.pop()
+
+
+def read_native(image_processor: BaseImageProcessor, pictures: list, options: dict) -> dict[str, np.ndarray]:
+    """
+    Frames of an image processor whose frames have no fixed size.
+
+    Args:
+        image_processor, pictures, options: as in [`read_frames`].
+
+    Returns:
+        What the image processor returns, such as `pixel_values` (patches of all images) and `image_grid_thw`; and
+        `valid_sizes` `(I, 2)` int64, rows and columns of each frame, all of which are image.
+    """
+    features = image_processor(pictures, return_tensors="np", **options)
+    found = {name: np.asarray(value) for name, value in features.items()}
+    found["pixel_values"] = found["pixel_values"].astype(np.float32, copy=False)
+    found["valid_sizes"] = found["image_grid_thw"][:, 1:].astype(np.int64) * image_processor.patch_size
+    return found
 
 
 def read_frames(image_processor: BaseImageProcessor, pictures: list, options: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -220,12 +256,15 @@ def seen_box(frame: str, image_hw: tuple[int, int]) -> tuple[float, float, float
 
 
 __all__ = [
+    "cell_side",
     "crop_image_processor",
     "frame_of",
+    "is_native",
     "letterbox_image_processor",
     "make_image_processor",
     "on_pil",
     "read_frames",
+    "read_native",
     "sam2_image_processor",
     "seen_box",
     "stretch_image_processor",

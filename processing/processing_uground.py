@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from .image_processors import IMAGE_PROCESSORS, frame_of, on_pil, read_frames
+from .image_processors import IMAGE_PROCESSORS, cell_side, frame_of, is_native, on_pil, read_frames, read_native
 from .image_reading import read_image
 from .post_processing import post_process_masks, post_process_segments
 from .processor_files import (
@@ -35,13 +35,12 @@ from .prompt_pieces import (
 )
 from .query_layout import flatten_texts, match_answers, pair_images_with_queries
 from .row_encoding import Row, SpecialTokens, expand_image
+from .row_padding import pad_rows
 
 # What SAM sees of an image: the first, and SAM 2 the second.
 SAM_FRAMES = ("letterbox", "stretch")
-# Label value that the cross-entropy of PyTorch ignores.
-IGNORED_LABEL = -100
-# Tokenizers that know no longest context claim one far above this.
-LONGEST_CONTEXT = 2**31
+# Side of an LMM image token in pixels where nothing says another: that of CLIP's large tower.
+PATCH_SIZE = 14
 # The tokens around an image in the default chat template; tokenizers without them get the template without them.
 IMAGE_BRACKETS = ("<im_start>", "<im_end>")
 
@@ -51,23 +50,26 @@ class UGroundProcessor(ProcessorMixin):
     Prepares images and queries for [`UGroundForReferringSegmentation`] and turns its outputs into answers and masks.
 
     Args:
-        image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what the LMM sees of an image, see
-            [`make_image_processor`].
+        image_processor (`SamImageProcessorPil`, `CLIPImageProcessorPil` or that of an LMM in `NATIVE`): what the LMM
+            sees of an image, see [`make_image_processor`].
         sam_image_processor (`SamImageProcessorPil` or `CLIPImageProcessorPil`): what SAM sees of an image: a
             letterbox, or the square of a SAM 2, see [`sam2_image_processor`]. Both always run on PIL, so that results
             do not depend on torchvision being installed; a `Sam2ImageProcessor` is taken for its settings.
         tokenizer: a fast tokenizer that holds `segment_token` and `image_token`, and `reject_token` if the model can
             reject, as one id each.
-        patch_size (`int`, defaults to 14): side of an LMM image token in pixels of the LMM image.
+        patch_size (`int`, *optional*): side of an LMM image token in pixels of the LMM image; by default 14, or what
+            the LMM's own image processor says.
         segment_token (`str`, defaults to `"[SEG]"`): the token that asks for a mask.
         reject_token (`str`, defaults to `"[REJ]"`): the token that says "not there"; a tokenizer may lack it.
         image_token (`str`, defaults to `"<image>"`): placeholder of an image in a prompt.
-        chat_template (`str`, *optional*): Jinja template of a conversation; by default the LLaVA-v1 one that lies
-            beside this file, without `<im_start>` and `<im_end>` if the tokenizer does not know them.
+        chat_template (`str`, *optional*): Jinja template of a conversation; with an LMM's own image processor that of
+            its tokenizer, by default the LLaVA-v1 one that lies beside this file, without `<im_start>` and `<im_end>`
+            if the tokenizer does not know them.
 
     Attributes:
         segment_token_id, reject_token_id (`None` if absent), image_token_id: ids, resolved by name.
-        num_image_tokens: image tokens of one image, (image size // patch size) squared.
+        num_image_tokens: image tokens of one image, (image size // patch size) squared; `None` where each image has
+            a number of its own.
         image_frame: what the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
 
     Raises:
@@ -81,7 +83,7 @@ class UGroundProcessor(ProcessorMixin):
         image_processor: Any = None,
         sam_image_processor: Any = None,
         tokenizer: Any = None,
-        patch_size: int = 14,
+        patch_size: int | None = None,
         segment_token: str = "[SEG]",
         reject_token: str | None = "[REJ]",
         image_token: str = "<image>",
@@ -92,9 +94,12 @@ class UGroundProcessor(ProcessorMixin):
         sam_frame, side = frame_of(sam_image_processor)
         # A letterbox is a SAM's, whose logits tell its side.
         self.sam_frame_side = None if sam_frame == SAM_FRAMES[0] else side
-        if sam_frame not in SAM_FRAMES:
+        if sam_frame not in SAM_FRAMES or side is None:
             expected = " or a ".join(SAM_FRAMES)
-            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {expected}, got {sam_frame}")
+            made = f"{sam_frame} of any size" if side is None else sam_frame
+            raise ValueError(f"the sam_image_processor of a UGroundProcessor must make a {expected}, got {made}")
+        own_side = cell_side(image_processor) if is_native(image_processor) else None
+        patch_size = patch_size or own_side or PATCH_SIZE
         self.patch_size = patch_size
         self.segment_token = segment_token
         self.reject_token = reject_token
@@ -108,10 +113,18 @@ class UGroundProcessor(ProcessorMixin):
             if getattr(tokenizer, role) is None:
                 raise ValueError(f"the tokenizer of a UGroundProcessor must have a {role}, got one without")
         _, side = frame_of(image_processor)
-        if patch_size < 1 or side % patch_size:
+        if side is None and patch_size != own_side:
+            raise ValueError(
+                f"patch_size must be the {own_side} pixels of the image processor's tokens, got {patch_size}"
+            )
+        if side is not None and (patch_size < 1 or side % patch_size):
             raise ValueError(f"patch_size must divide the LMM image size {side}, got {patch_size}")
-        self.num_image_tokens = (side // patch_size) ** 2
-        if chat_template is None:
+        self.num_image_tokens = None if side is None else (side // patch_size) ** 2
+        if chat_template is None and side is None:
+            chat_template = tokenizer.chat_template
+            if not chat_template:
+                raise ValueError("a chat_template is needed with an LMM's own image processor, got none")
+        elif chat_template is None:
             chat_template = _default_chat_template(tokenizer)
         self._reader: tuple[tuple, SpecialTokens] | None = None
         super().__init__(image_processor, sam_image_processor, tokenizer, chat_template=chat_template)
@@ -220,6 +233,7 @@ class UGroundProcessor(ProcessorMixin):
             - **image_index** `(B,)` int64: the image a row asks about. Left out where each image has one query, so
               that such outputs can be cut, stacked and joined.
             - **pixel_values** `(I, 3, h, w)`, **sam_pixel_values** `(I, 3, S, S)` float32: what the LMM and SAM see.
+              With an LMM's own image processor `pixel_values` and what else it returns are as it returns them.
             - **valid_sizes**, **sam_valid_sizes** `(I, 2)` int64: rows, columns of them that are image.
             - **original_sizes** `(I, 2)` int64: height, width of the image as given, after EXIF rotation.
 
@@ -235,31 +249,40 @@ class UGroundProcessor(ProcessorMixin):
         images, queries = pair_images_with_queries(images, text)
         flat_queries = [query for asked in queries for query in asked]
         flat_answers = None if answers is None else match_answers(answers, queries)
-        rows = self._read(self._pieces(flat_queries, bool(is_prompt)), flat_answers, options)
-        data = self._pad(rows, options, with_labels=answers is not None)
+        pieces, frames = self._pieces(flat_queries, bool(is_prompt)), self._read_images(images, options)
+        counts = self._image_tokens(frames)
+        per_row = [count for count, asked in zip(counts, queries, strict=True) for _ in asked]
+        rows = self._read(pieces, flat_answers, options, per_row)
+        data = pad_rows(rows, self.tokenizer, options, with_labels=answers is not None)
         if any(len(asked) != 1 for asked in queries):
             image_index = [index for index, asked in enumerate(queries) for _ in asked]
             data["image_index"] = np.asarray(image_index, dtype=np.int64)
-        return self._finish(data | self._read_images(images, options), options)
+        return self._finish(data | frames, options)
 
-    def encode_queries(self, queries: list[str], max_length: int | None = None) -> BatchFeature:
+    def encode_queries(
+        self, queries: list[str], max_length: int | None = None, image_tokens: int | None = None
+    ) -> BatchFeature:
         """
         Queries about an image that was encoded before: the text part of [`UGroundProcessor.__call__`].
 
         Args:
             queries: B queries, or whole prompts.
             max_length: as in [`UGroundProcessor.__call__`].
+            image_tokens: of that image; needed where each image has a number of its own.
 
         Returns:
             `BatchFeature` with **input_ids** and **attention_mask** `(B, T)`.
 
         Raises:
-            ValueError: a query is empty, no string, or too long.
+            ValueError: a query is empty, no string, or too long; or `image_tokens` is needed.
         """
+        count = self.num_image_tokens if image_tokens is None else image_tokens
+        if count is None:
+            raise ValueError("encode_queries needs image_tokens, the number of them in the image that was encoded")
         options = CallOptions(max_length=max_length)
         _, (checked,) = pair_images_with_queries([None], [list(queries)])
-        rows = self._read(self._pieces(checked, False), None, options)
-        return self._finish(self._pad(rows, options, with_labels=False), options)
+        rows = self._read(self._pieces(checked, False), None, options, [count] * len(checked))
+        return self._finish(pad_rows(rows, self.tokenizer, options, with_labels=False), options)
 
     def render_prompt(self, turns: list[tuple[str, str]], query: str, learn_answers: bool = False) -> RenderedPrompt:
         """A whole prompt of a conversation that keeps whose words are whose, see [`prompt_pieces.render_prompt`]."""
@@ -286,6 +309,7 @@ class UGroundProcessor(ProcessorMixin):
             "sam_pixel_values",
             "sam_valid_sizes",
             "original_sizes",
+            *(name for name in self.image_processor.model_input_names if name != "pixel_values"),
         ]
 
     def post_process_masks(
@@ -330,8 +354,16 @@ class UGroundProcessor(ProcessorMixin):
             prompts.append(pieces)
         return prompts
 
-    def _read(self, prompts: list[list[Piece]], answers: list[str] | None, options: CallOptions) -> list[Row]:
-        """Rows of prompts and their answers, images expanded, none longer than it may be."""
+    def _image_tokens(self, frames: dict[str, np.ndarray]) -> list[int]:
+        """Image tokens of each image that was read."""
+        if self.num_image_tokens is not None:
+            return [self.num_image_tokens] * len(frames["original_sizes"])
+        return (frames["valid_sizes"] // self.patch_size).prod(-1).tolist()
+
+    def _read(
+        self, prompts: list[list[Piece]], answers: list[str] | None, options: CallOptions, counts: list[int]
+    ) -> list[Row]:
+        """Rows of prompts and their answers, images expanded to `counts` tokens, none longer than it may be."""
         if answers is not None:
             form = PromptFormat.of(self)
             for number, (pieces, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -344,8 +376,10 @@ class UGroundProcessor(ProcessorMixin):
                 written = ((form.before_answer, TEMPLATE), (answer.strip(), ASSISTANT), (form.after_answer, TEMPLATE))
                 prompts[number] = pieces + [Piece(text, speaker, learnt=True) for text, speaker in written if text]
         rows = [
-            expand_image(row, self.image_token_id, self.num_image_tokens)
-            for row in self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens)
+            expand_image(row, self.image_token_id, count)
+            for row, count in zip(
+                self._special_tokens().encode(self.tokenizer, prompts, options.add_special_tokens), counts, strict=True
+            )
         ]
         return self._limit(rows, options)
 
@@ -357,7 +391,7 @@ class UGroundProcessor(ProcessorMixin):
         rows = self._special_tokens().encode(
             self.tokenizer, [[Piece(text)] for text in texts], options.add_special_tokens
         )
-        return self._pad(self._limit(rows, options), options, with_labels=False)
+        return pad_rows(self._limit(rows, options), self.tokenizer, options, with_labels=False)
 
     def _special_tokens(self) -> SpecialTokens:
         """What reads texts; made anew where tokenizer or template have changed."""
@@ -382,55 +416,18 @@ class UGroundProcessor(ProcessorMixin):
             kept.append(Row(row.ids[:limit], row.learnt[:limit], row.offsets[:limit]))
         return kept
 
-    def _pad(self, rows: list[Row], options: CallOptions, with_labels: bool) -> dict:
-        """Arrays of rows of one length; lists of rows as they are without padding."""
-        data = {
-            "input_ids": [row.ids for row in rows],
-            "attention_mask": [[1] * len(row.ids) for row in rows],
-        }
-        fills: dict[str, Any] = {
-            "input_ids": self.tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "labels": IGNORED_LABEL,
-        }
-        if with_labels:
-            data["labels"] = [
-                [token if learnt else IGNORED_LABEL for token, learnt in zip(row.ids, row.learnt, strict=True)]
-                for row in rows
-            ]
-        if options.return_offsets_mapping:
-            data["offset_mapping"], fills["offset_mapping"] = [row.offsets for row in rows], (0, 0)
-        lengths = {len(row.ids) for row in rows}
-        length = max(lengths)
-        if options.padding is None:
-            if len(lengths) > 1 and options.return_tensors is not None:
-                raise ValueError(
-                    f"rows of several lengths need padding or return_tensors=None, got lengths {sorted(lengths)}"
-                )
-            return data
-        if options.padding == "max_length":
-            length = self.tokenizer.model_max_length if options.max_length is None else options.max_length
-            if length > LONGEST_CONTEXT:
-                raise ValueError("padding='max_length' needs max_length=…, as the tokenizer knows no length")
-        multiple = options.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        on_left = options.padding_side == "left"
-        for name, values in data.items():
-            filling = [[fills[name]] * (length - len(value)) for value in values]
-            data[name] = [
-                fill + value if on_left else value + fill for fill, value in zip(filling, values, strict=True)
-            ]
-        return data
-
     def _read_images(self, images: list, options: CallOptions) -> dict[str, np.ndarray]:
         """Both frames of every image, and the sizes of image and frames."""
         names = ["the image"] if len(images) == 1 else [f"image {i + 1} of {len(images)}" for i in range(len(images))]
         pictures = [read_image(image, name) for image, name in zip(images, names, strict=True)]
-        pixels, valid = read_frames(self.image_processor, pictures, options.images)
+        if is_native(self.image_processor):
+            seen = read_native(self.image_processor, pictures, options.images)
+        else:
+            pixels, valid = read_frames(self.image_processor, pictures, options.images)
+            seen = {"pixel_values": pixels, "valid_sizes": valid}
         sam_pixels, sam_valid = read_frames(self.sam_image_processor, pictures, options.images)
         return {
-            "pixel_values": pixels,
-            "valid_sizes": valid,
+            **seen,
             "sam_pixel_values": sam_pixels,
             "sam_valid_sizes": sam_valid,
             "original_sizes": np.asarray([(picture.height, picture.width) for picture in pictures], dtype=np.int64),

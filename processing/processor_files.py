@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import cached_file
 
-from .image_processors import DEFAULT_TYPE, IMAGE_PROCESSORS, type_of
+from .image_processors import DEFAULT_TYPE, IMAGE_PROCESSORS, NATIVE, type_of
 from .prompt_format import PLACEHOLDER, PromptFormat
 
 PROCESSOR_FILE, TOKENIZER_FILE, TEMPLATE_FILE = "processor_config.json", "tokenizer.json", "chat_template.jinja"
@@ -114,7 +114,9 @@ def check_image_settings(settings: dict, name: str) -> None:
         )
     places, said = _places_of_side(settings)
     found = [settings[key].get(side) if isinstance(settings.get(key), dict) else None for key, side in places]
-    if not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in found) or len(set(found)) != 1:
+    if saved_type(settings) in NATIVE:
+        _check_native(settings, name)
+    elif not all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in found) or len(set(found)) != 1:
         keys = dict.fromkeys(key for key, _ in places)
         got = " and ".join(f"{settings.get(key)!r:.60}" for key in keys)
         raise ValueError(f"{PROCESSOR_FILE}: {name} must have the same side in 1..{LARGEST_SIDE} as {said}, got {got}")
@@ -131,6 +133,23 @@ def check_image_settings(settings: dict, name: str) -> None:
         value = settings.get(key)
         if value is not None and (not _is_number(value) or (allowed is not None and value not in allowed)):
             raise ValueError(f"{PROCESSOR_FILE}: {key} of {name} must be a number it knows, got {value!r:.60}")
+
+
+def _check_native(settings: dict, name: str) -> None:
+    """Raise a `ValueError` unless patches, and how many pixels an image may have, are whole numbers."""
+    for key in ("patch_size", "merge_size", "temporal_patch_size"):
+        if type(settings.get(key)) is not int or not 1 <= settings[key] <= LARGEST_SIDE:
+            raise ValueError(
+                f"{PROCESSOR_FILE}: {key} of {name} must be a whole number in 1..{LARGEST_SIDE}, "
+                f"got {settings.get(key)!r:.60}"
+            )
+    size = settings.get("size")
+    limits = [size.get(key) if isinstance(size, dict) else None for key in ("shortest_edge", "longest_edge")]
+    if not all(type(limit) is int for limit in limits) or not 1 <= limits[0] <= limits[1]:
+        raise ValueError(
+            f"{PROCESSOR_FILE}: size of {name} must hold fewest and most pixels as shortest_edge and longest_edge, "
+            f"got {size!r:.60}"
+        )
 
 
 def _places_of_side(settings: dict) -> tuple[tuple[tuple[str, str], ...], str]:

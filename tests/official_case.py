@@ -94,7 +94,7 @@ class OfficialCase:
         return groups
 
     def geometry(self) -> Geometry:
-        return Geometry.of(self.model.config, self.pixels["original_sizes"])
+        return Geometry.of(self.model.config, self.pixels)
 
     def baseline(self) -> RewardBaseline:
         """What rewards were held against; the critic as it was converted."""

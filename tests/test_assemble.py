@@ -11,7 +11,8 @@ from official_case import converted_weights
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE_TOKEN, tiny_config
-from tiny_processor import gradient_image, tiny_tokenizer
+from tiny_families import FAMILIES, family_model
+from tiny_processor import gradient_image, qwen_image_processor, qwen_tokenizer, tiny_tokenizer
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -50,6 +51,17 @@ def write_llava(folder, kind=LlavaForConditionalGeneration, num_rows=NUM_ROWS, *
     model = random_weights(kind(config))
     model.save_pretrained(folder, **saving)
     tiny_tokenizer(tokens=()).save_pretrained(folder)
+    return model
+
+
+def write_qwen(folder, name):
+    """A tiny Qwen-VL of transformers, whose head is tied, in a vocabulary without room for more."""
+    torch.manual_seed(0)
+    model = family_model(name).lmm
+    model.save_pretrained(folder)
+    tokenizer = qwen_tokenizer(tokens=())
+    tokenizer.save_pretrained(folder)
+    qwen_image_processor().save_pretrained(folder)
     return model
 
 
@@ -273,7 +285,13 @@ def edit_config(folder, **changes):
 def test_an_lmm_that_is_none(tmp_path, capsys, parts):
     out = tmp_path / "out"
     source = copy_folder(parts["lmm"], tmp_path / "lmm")
-    refused(capsys, "must be of type llava or llava_next, got sam", parts["sam"], parts["sam"], out)
+    refused(
+        capsys,
+        "must be of type llava or llava_next or qwen2_5_vl or qwen3_vl, got sam",
+        parts["sam"],
+        parts["sam"],
+        out,
+    )
     edit_config(source, vision_feature_select_strategy="full")
     refused(capsys, "must drop the class token", source, parts["sam"], out)
     (source / "config.json").write_text(json.dumps({"model_type": "llava", "mm_vision_tower": "clip"}))
@@ -341,3 +359,25 @@ def test_a_config_of_other_values_is_named(part, place, value, parts, tmp_path, 
     printed = capsys.readouterr().err
     assert printed.startswith(f"assemble: error: {path} cannot be used (") and printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_lmm_in_its_own_proportions_with_a_tied_head(parts, tmp_path, name, capsys):
+    lmm = write_qwen(tmp_path / "lmm", name)
+    assert assemble(tmp_path / "lmm", parts["sam"], tmp_path / "out") == 0, capsys.readouterr().err
+    model, processor = (
+        kind.from_pretrained(tmp_path / "out", trust_remote_code=True) for kind in (AutoModel, AutoProcessor)
+    )
+    assert model.vocab_size == len(processor.tokenizer) == 42 and processor.image_frame == "stretch"
+    assert "lmm.lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    old = lmm.get_input_embeddings().weight
+    for matrix in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert torch.equal(matrix[:40], old)
+        torch.testing.assert_close(matrix[model.config.segment_token_id], old.mean(0))
+    inputs = processor([gradient_image(40, 90), gradient_image(64, 24)], ["the cup", "a tree"])
+    with torch.no_grad():
+        images = model.get_image_embeddings(**inputs)
+        expected = lmm.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+        for image, features in enumerate(expected.pooler_output):
+            torch.testing.assert_close(images.lmm_features[image, : len(features)], features)
+        assert model.segment(**inputs, max_new_tokens=2).sequences.shape[0] == 2

@@ -6,6 +6,7 @@ from tiny import IMAGE_TOKEN, SEGMENT_TOKEN, tiny_config, tiny_inputs, tiny_mode
 
 from uground.modeling_uground.image_frames import ImageFrame
 from uground.modeling_uground.layer_states import ImageStates, states_at
+from uground.modeling_uground.lmm_access import TokenLayout
 from uground.modeling_uground.lmm_families import lmm_adapter
 from uground.modeling_uground.lmm_llava import LlavaAdapter, vision_key_mask
 from uground.modeling_uground.output_uground import UGroundImageEmbeddings
@@ -33,7 +34,7 @@ def test_the_adapter_is_that_of_the_family():
     assert config.adapter.frame == ImageFrame("letterbox", 32)
     assert config.adapter.token_grid_hw == (4, 4)
     assert tiny_config(image_frame="centre_crop").adapter.frame == ImageFrame("centre_crop", 32)
-    with pytest.raises(ValueError, match="the LMM must be of type llava, got 'sam'$"):
+    with pytest.raises(ValueError, match="the LMM must be of type llava, qwen2_5_vl, qwen3_vl, got 'sam'$"):
         lmm_adapter(config.sam_config, "letterbox")
     with pytest.raises(ValueError, match="image_frame of a llava must be one of .*'letterbox'.*, got 'tiles'$"):
         lmm_adapter(config.lmm_config, "tiles")
@@ -112,15 +113,15 @@ def test_no_vision_mask_without_padding():
 def test_image_features_do_not_depend_on_padded_pixels_nor_on_the_batch():
     lmm, inputs = tiny_model().lmm, tiny_inputs([[4], [4], [4]])
     valid = adapter().token_validity(inputs["valid_sizes"])
-    features = adapter().encode(lmm, inputs["pixel_values"], valid)
+    features = adapter().encode(lmm, inputs["pixel_values"], TokenLayout.full(valid), {})[0]
     assert features.shape == (3, 16, 16)
     # The square image alone needs no mask at all: with and without one it is the same.
-    alone = adapter().encode(lmm, inputs["pixel_values"][:1], valid[:1])
+    alone = adapter().encode(lmm, inputs["pixel_values"][:1], TokenLayout.full(valid[:1]), {})[0]
     torch.testing.assert_close(alone[0], features[0], atol=1e-5, rtol=1e-4)
     perturbed = inputs["pixel_values"].clone()
     perturbed[1, :, 16:] += 3.0
     perturbed[2, :, :, 24:] -= 3.0
-    again = adapter().encode(lmm, perturbed, valid)
+    again = adapter().encode(lmm, perturbed, TokenLayout.full(valid), {})[0]
     torch.testing.assert_close(again[valid.flatten(1)], features[valid.flatten(1)])
     padded = ~valid.flatten(1)
     assert (again[padded] - features[padded]).abs().amax(-1).min() > 1e-3
@@ -129,7 +130,9 @@ def test_image_features_do_not_depend_on_padded_pixels_nor_on_the_batch():
 @torch.no_grad()
 def test_image_features_are_those_of_the_lmm_where_nothing_is_padded():
     lmm, inputs = tiny_model().lmm, tiny_inputs([[4]])
-    features = adapter().encode(lmm, inputs["pixel_values"], torch.ones(1, 4, 4, dtype=torch.bool))
+    features = adapter().encode(
+        lmm, inputs["pixel_values"], TokenLayout.full(torch.ones(1, 4, 4, dtype=torch.bool)), {}
+    )[0]
     expected = torch.stack(list(lmm.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
     torch.testing.assert_close(features, expected)
 
@@ -137,25 +140,32 @@ def test_image_features_are_those_of_the_lmm_where_nothing_is_padded():
 def test_image_features_have_the_precision_of_the_lmm():
     lmm, inputs = tiny_model().lmm.to(torch.bfloat16), tiny_inputs([[4], [4]])
     valid = adapter().token_validity(inputs["valid_sizes"])
-    assert adapter().encode(lmm, inputs["pixel_values"], valid).dtype == torch.bfloat16
+    assert adapter().encode(lmm, inputs["pixel_values"], TokenLayout.full(valid), {})[0].dtype == torch.bfloat16
 
 
 def test_columns_of_image_tokens():
     ids = torch.tensor([[0, 0, 9, 9, 5, 6], [1, 9, 5, 9, 6, 7]])
-    assert image_token_columns(ids, 9, 2).tolist() == [[2, 3], [1, 3]]
+    assert image_token_columns(ids, 9, torch.tensor([2, 2])).tolist() == [[2, 3], [1, 3]]
 
 
 def test_a_row_needs_the_tokens_of_exactly_one_image():
     with pytest.raises(ValueError, match=r"must hold the 2 image tokens of one image, got \[2, 1\]"):
-        image_token_columns(torch.tensor([[9, 9, 5], [1, 9, 5]]), 9, 2)
+        image_token_columns(torch.tensor([[9, 9, 5], [1, 9, 5]]), 9, torch.tensor([2, 2]))
 
 
 def rows(attention_mask, position_ids=None, made=None):
     """Two rows of six tokens, the first padded by one; four image tokens each, of a 2x2 grid."""
     valid = torch.tensor([[[True, True], [False, False]], [[True, False], [True, False]]])
+    layout = TokenLayout.full(valid)
     return prepare_rows(
         made or adapter(16),
-        UGroundImageEmbeddings(lmm_features=torch.randn(2, 4, 3), token_valid=valid),
+        UGroundImageEmbeddings(
+            lmm_features=torch.randn(2, 4, 3),
+            token_counts=layout.counts,
+            token_cells=layout.cells,
+            grid_sizes=layout.grid_sizes,
+            token_valid=valid,
+        ),
         9,
         torch.tensor([[0, 9, 9, 9, 9, 5], [9, 9, 9, 9, 6, 7]]),
         attention_mask,
@@ -180,8 +190,8 @@ def test_rows_know_their_columns_and_images():
     assert torch.equal(last.features, made.images.lmm_features[[1, 1]])
 
 
-def test_rows_share_a_prefix_where_it_is_equally_long():
-    assert rows(None).prefix_keys is None
+def test_rows_share_a_prefix_of_any_length():
+    assert rows(None).prefix_keys == [(0, 0, 9, 9, 9, 9), (1, 9, 9, 9, 9)]
     made = rows(torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))
     assert made.prefix_keys == [(0, 9, 9, 9, 9), (1, 9, 9, 9, 9)]
 

@@ -122,12 +122,13 @@ def test_only_rows_that_begin_alike_share(lmm_calls):
     assert_as_if_alone(model, inputs, together)
 
 
-def test_prefixes_of_unequal_length_are_not_shared(lmm_calls):
+def test_prefixes_of_unequal_length_are_shared_padded_in_front(lmm_calls):
     inputs = before_the_image(tiny_inputs(PROMPTS, [0, 0, 0, 0, 0]), [[], [], [30, 31, 32], [], []])
     model = tiny_model()
     calls = lmm_calls(model)
     together = model.segment(**inputs, **write(ANSWERS))
-    assert calls[0] == tuple(inputs["input_ids"].shape)
+    # Two prefixes, the longer one of 20 tokens, and all rests behind them.
+    assert calls[0] == (2, 20) and calls[1][0] == len(ANSWERS)
     assert_as_if_alone(model, inputs, together)
 
 

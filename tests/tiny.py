@@ -62,7 +62,7 @@ def tiny_config(**settings) -> UGroundConfig:
         },
     )
     defaults = {"segment_token_id": SEGMENT_TOKEN, "reject_token_id": REJECT_TOKEN, "sam_config": sam_config}
-    return UGroundConfig(lmm_config=lmm_config, **{**defaults, **settings})
+    return UGroundConfig(**{"lmm_config": lmm_config, **defaults, **settings})
 
 
 # Of SAM 2 and the tracker of SAM 3: maps of 16 channels, a decoder with one mask and three others.
@@ -126,7 +126,11 @@ def tiny_sam3_config(scale_factors=(4.0, 2.0, 1.0)) -> Sam3TrackerConfig:
 def tiny_model(seed: int = 0, **settings) -> UGroundForReferringSegmentation:
     """A tiny model whose every parameter was drawn anew, so that no zero or one hides a mistake."""
     torch.manual_seed(seed)
-    model = UGroundForReferringSegmentation(tiny_config(**settings)).eval()
+    return redrawn(UGroundForReferringSegmentation(tiny_config(**settings)).eval())
+
+
+def redrawn(model: UGroundForReferringSegmentation) -> UGroundForReferringSegmentation:
+    """The model with every parameter drawn anew from torch's generator."""
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
             scale = 0.5 if "gates" in name else 0.2

@@ -5,6 +5,7 @@ import torch
 from tiny import END_TOKEN
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from uground.processing import UGroundProcessor, letterbox_image_processor, make_image_processor
 
@@ -82,3 +83,62 @@ def write(processor, answer: str) -> dict:
     """Generation arguments that make a model write `answer` and stop."""
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"] + [END_TOKEN]
     return {"logits_processor": LogitsProcessorList([Script(ids)]), "max_new_tokens": len(ids)}
+
+
+# As Qwen-VL writes a conversation, without the system's turn.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Ids of `tiny_families.py`, in the places of words that nobody needs.
+QWEN_TOKENS = {
+    33: "<|im_start|>",
+    34: "<|vision_end|>",
+    35: "<|vision_start|>",
+    36: "<|video_pad|>",
+    39: "<|image_pad|>",
+    2: "<|im_end|>",
+}
+
+
+def qwen_tokenizer(tokens=("[REJ]", "[SEG]")) -> PreTrainedTokenizerFast:
+    """Words are tokens, `user` and `assistant` too; the special tokens are Qwen's, with the ids of `tiny_families`."""
+    words = [word for number, word in enumerate(WORDS) if number not in QWEN_TOKENS]
+    words[words.index("USER")], words[words.index("ASSISTANT")] = "user", "assistant"
+    names = {37 + place: token for place, token in enumerate(tokens)}
+    rest = iter(words)
+    vocabulary = {
+        QWEN_TOKENS.get(number) or names.get(number) or next(rest, f"x{number}"): number for number in range(40)
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=200,
+        chat_template=QWEN_TEMPLATE,
+    )
+    fast.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    fast.add_tokens(list(QWEN_TOKENS.values()), special_tokens=True)
+    return fast
+
+
+def qwen_image_processor() -> Qwen2VLImageProcessorPil:
+    """Tokens of 8 pixels, at most 20 of them."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 4 * 64, "longest_edge": 20 * 64}
+    )
+
+
+def qwen_processor() -> UGroundProcessor:
+    """For the Qwen-VL models of `tiny_families.py`."""
+    return UGroundProcessor(
+        qwen_image_processor(), letterbox_image_processor(64), qwen_tokenizer(), image_token="<|image_pad|>"
+    )

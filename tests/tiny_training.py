@@ -95,9 +95,8 @@ def tiny_trainer(folder, items=None, model=None, trainer=None, **settings) -> UG
     return UGroundTrainer(
         model=tiny_model().train() if model is None else model,
         args=training_config(folder, **settings),
-        processing_class=tiny_processor(),
         train_dataset=dataset(items),
-        **(trainer or {}),
+        **{"processing_class": tiny_processor(), **(trainer or {})},
     )
 
 

@@ -56,13 +56,16 @@ def lora_config(
         if token in processor.tokenizer.get_vocab()
     }
     rows = sorted(token for token in ids if token is not None)
+    new_rows = {names.embeddings: rows}
+    if not model.lmm.config.tie_word_embeddings:
+        new_rows[names.head] = list(rows)
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=adapted,
         modules_to_save=[name for name in whole if not any(part in name for part in frozen)],
-        trainable_token_indices={names.embeddings: rows, names.head: list(rows)},
+        trainable_token_indices=new_rows,
     )
 
 

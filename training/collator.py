@@ -10,11 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from uground.modeling_uground.image_frames import letterbox_mask
 from uground.modeling_uground.image_rows import resolve_image_index
 from uground.processing import UGroundProcessor
 from uground.training.data.masks import decode_mask
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 # Of a batch, what the trainer keeps to itself; the model takes the rest.
@@ -238,6 +242,17 @@ def stable_key(text: str) -> int:
 def frame_key(frame: torch.Tensor) -> str:
     """A name of a SAM frame `(3, S, S)` that depends on its pixels only."""
     return hashlib.sha256(frame.contiguous().numpy().tobytes()).hexdigest()
+
+
+def packs_queries(model: PreTrainedModel) -> bool:
+    """Whether queries about an image may be packed into one row; where not, the log says so once."""
+    adapter = model.adapter
+    if not adapter.takes_4d_masks:
+        logger.warning_once(
+            f"a {adapter.config.model_type} takes no masks per token: training reads one row per query, with the same "
+            "results"
+        )
+    return adapter.takes_4d_masks
 
 
 def pack_rows(batch: dict, image_token_id: int, pad_token_id: int) -> dict:

@@ -21,7 +21,7 @@ from uground.modeling_uground.hub_files import give_usual_mode
 from uground.processing import UGroundProcessor
 from uground.training.adapters import trainable_in_float32
 from uground.training.checkpoints import mark_complete, run_record
-from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator
+from uground.training.collator import IGNORED_LABEL, TARGET_KEYS, GroundingCollator, packs_queries
 from uground.training.data.mixture import Mixture
 from uground.training.evaluation.during_training import AnswerEvaluation
 from uground.training.evaluation.pictures import draw_histogram, send_pictures
@@ -96,6 +96,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         collator = kwargs.pop("data_collator", None) or GroundingCollator(
             processing_class,
             args.loss_size,
+            pack_queries=packs_queries(own),
             max_length=args.max_length,
             frame_keys=args.cache_sam_embeddings is not None,
         )
@@ -250,7 +251,7 @@ class UGroundTrainer(HubPushMixin, ResumeMixin, SFTTrainer):
         else:
             step_tokens, step_masks = tokens.clamp_min(1), max(1, len(keys))
         outputs = self._forward(model, inputs, step_tokens)
-        geometry = Geometry.of(self.bare_model.config, inputs["original_sizes"])
+        geometry = Geometry.of(self.bare_model.config, inputs)
         other_maps = outputs.other_maps
         grounding = grounding_terms(outputs, groups, step_masks, self._map_target, geometry, other_maps)
         rewards = torch.cat([grounding.rewards[None], grounding.other_rewards])

@@ -207,13 +207,16 @@ def _example(facts: CardFacts) -> str:
 def _parts(config: UGroundConfig | None) -> str:
     if config is None:
         return ""
-    text, frame = config.get_text_config(), config.adapter.frame
-    rows, columns = config.token_grid_hw
+    text, adapter = config.get_text_config(), config.adapter
+    if adapter.frame is None:
+        seen = f"images in their own proportions, a token for {adapter.cell_side} × {adapter.cell_side} pixels"
+    else:
+        rows, columns = config.token_grid_hw
+        seen = f"images of {adapter.frame.side} pixels as {rows} × {columns} tokens"
     lines = [
         "## Parts",
         "",
-        f"- LMM `{config.lmm_config.model_type}`: {text.num_hidden_layers} layers of width {text.hidden_size}, "
-        f"images of {frame.side} pixels as {rows} × {columns} tokens",
+        f"- LMM `{config.lmm_config.model_type}`: {text.num_hidden_layers} layers of width {text.hidden_size}, {seen}",
         f'- layer policy over {config.num_layers} layer states, `layer_selection="{config.layer_selection}"`'
         if config.layer_policy
         else f'- no layer policy, `layer_selection="{config.layer_selection}"` of {config.num_layers} layer states',

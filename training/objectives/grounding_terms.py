@@ -4,6 +4,7 @@ Formulas lie in `training.objectives.losses`; this file brings outputs and targe
 groups.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from uground.modeling_uground import UGroundConfig, UGroundOutput
 from uground.modeling_uground.image_frames import (
     ImageFrame,
+    ImageFrames,
     apply_matrices,
     grid_to_grid,
     grid_to_image,
@@ -170,14 +172,16 @@ class Geometry:
         image_sizes: height and width of each image.
     """
 
-    lmm_frame: ImageFrame
+    lmm_frame: ImageFrame | ImageFrames
     head_frame: ImageFrame | None
     image_sizes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, config: UGroundConfig, original_sizes: torch.Tensor) -> "Geometry":
-        """For a model of this configuration, and images of these sizes `(I, 2)`."""
-        return cls(config.adapter.frame, config.head_frame, tuple(map(tuple, original_sizes.tolist())))
+    def of(cls, config: UGroundConfig, inputs: Mapping[str, torch.Tensor]) -> "Geometry":
+        """For a model of this configuration, and images as the processor returned them."""
+        adapter, sizes = config.adapter, inputs["original_sizes"].tolist()
+        layout = adapter.layout(inputs["valid_sizes"], inputs)
+        return cls(adapter.frames_of(layout.grid_sizes), config.head_frame, tuple(map(tuple, sizes)))
 
     def align_logits(self, logits: torch.Tensor, group: dict) -> torch.Tensor:
         """Mask logits `(n, S/4, S/4)` of a group's segments in the pixels of its targets, `(n, H, W)`."""
@@ -185,11 +189,20 @@ class Geometry:
 
     def align_maps(self, maps: torch.Tensor, group: dict) -> torch.Tensor:
         """Similarity maps `(n, h, w)` of a group's segments in the pixels of its targets, `(n, H, W)`."""
-        return self._align(maps, group, self.lmm_frame)
+        frame = self.lmm_frame
+        if isinstance(frame, ImageFrame):
+            return self._align(maps, group, frame)
+        aligned = []
+        for number, image in enumerate(group["images"].tolist()):
+            one = slice(number, number + 1)
+            alone = {**group, "masks": group["masks"][one], "images": group["images"][one]}
+            aligned.append(self._align(frame.own_grid(maps[one], image), alone, frame.of_image(image)))
+        return torch.cat(aligned)
 
     def seen(self, group: dict) -> torch.Tensor:
         """Pixels of a group's targets that the LMM's frame shows, `(n, H, W)` bool; of the others no map tells."""
-        rows, columns = self._matrices((1, 1), group, self.lmm_frame)
+        # Frames of their own show all of their images.
+        rows, columns = self._matrices((1, 1), group, self.lmm_frame.of_image(int(group["images"][0])))
         return ((rows @ columns.mT) > 0.5).expand(group["masks"].shape).to(group["masks"].device)
 
     def _align(self, values: torch.Tensor, group: dict, frame: ImageFrame) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .head_sam2 import Sam2Head
 from .image_frames import FRAMES, ImageFrame
 from .known_names import nearest_name
 from .lmm_access import LmmAdapter
-from .lmm_families import lmm_adapter
+from .lmm_families import lmm_adapter, usual_frame
 from .prompt_points import PointSettings
 from .prompts import PROMPTS
 from .similarity import SIMILARITY_SCALINGS
@@ -94,8 +94,9 @@ class UGroundConfig(PreTrainedConfig):
             Id of `[SEG]`, in the vocabulary of the LMM. Resolve it by name with the tokenizer.
         reject_token_id (`int`, *optional*):
             Id of `[REJ]`; `None` for models that cannot reject by token.
-        image_frame (`str`, defaults to `"letterbox"`):
-            What the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`.
+        image_frame (`str`, *optional*):
+            What the LMM sees of an image: `"letterbox"`, `"centre_crop"` or `"stretch"`. By default the usual one of
+            the LMM's family: `"letterbox"` for LLaVA, `"stretch"` for one that sees images in their own proportions.
         mask_head (`str`, *optional*):
             What turns segments into masks: `"sam"`, or `"sam2"` for SAM 2, SAM 2.1 and the tracker of SAM 3. By
             default the one for `sam_config`; without one there is none, and a segment is its similarity map.
@@ -149,7 +150,7 @@ class UGroundConfig(PreTrainedConfig):
     sam_config: dict | PreTrainedConfig | None = None
     segment_token_id: int | None = None
     reject_token_id: int | None = None
-    image_frame: str = "letterbox"
+    image_frame: str | None = None
     mask_head: str | None = None
     prompts: list[str] | tuple[str, ...] | None = None
     num_points: int = 30
@@ -175,6 +176,8 @@ class UGroundConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not has_sam:
             self.sam_config = None
+        if self.image_frame is None:
+            self.image_frame = usual_frame(self.lmm_config)
         if self.mask_head is None and has_sam:
             self.mask_head = mask_head_of(self.sam_config)
         if self.prompts is None:
@@ -202,6 +205,7 @@ class UGroundConfig(PreTrainedConfig):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        lmm_adapter(self.lmm_config, self.image_frame)
         if (self.mask_head is None) != (self.sam_config is None):
             raise ValueError(f"mask_head 'sam' and a sam_config go together, got mask_head {self.mask_head!r}")
         if self.mask_head and self.mask_head != mask_head_of(self.sam_config):
@@ -234,7 +238,7 @@ class UGroundConfig(PreTrainedConfig):
                 "point_thresholds must be two numbers in 0..1, that of positive points above that of negative ones, "
                 f"got {given!r}"
             )
-        if "points" not in self.prompts:
+        if "points" not in self.prompts or self.token_grid_hw is None:
             return
         rows, columns = self.token_grid_hw
         if rows % self.point_downsample or columns % self.point_downsample:
@@ -338,8 +342,8 @@ class UGroundConfig(PreTrainedConfig):
         return lmm_adapter(self.lmm_config, self.image_frame)
 
     @property
-    def token_grid_hw(self) -> tuple[int, int]:
-        """Rows and columns of the LMM's image tokens."""
+    def token_grid_hw(self) -> tuple[int, int] | None:
+        """Rows and columns of the LMM's image tokens; `None` where each image has a grid of its own."""
         return self.adapter.token_grid_hw
 
     @property

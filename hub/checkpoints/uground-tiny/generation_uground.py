@@ -89,10 +89,11 @@ class SegmentGenerationMixin(GenerationMixin):
         if (input_ids is None) == (inputs is None):
             raise ValueError(f"generate takes either input_ids or inputs, got {'none' if inputs is None else 'both'}")
         input_ids = inputs if input_ids is None else input_ids
+        more = self.take_image_inputs(generate_kwargs)
         refuse_unknown(self.generate, generate_kwargs, generates=True)
         _check_left_padding(attention_mask)
         settings, others = self._generation_settings(generate_kwargs)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
         rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
         return self.lmm.generate(**rows.lmm_inputs(), generation_config=settings, **others)
 
@@ -140,10 +141,11 @@ class SegmentGenerationMixin(GenerationMixin):
             ValueError: padding on the right, an unsupported argument, or weights that give NaN.
             UnknownKeywordError: a keyword is not known, a `TypeError` and `ValueError`.
         """
+        more = self.take_image_inputs(generate_kwargs)
         refuse_unknown(self.segment, generate_kwargs, generates=True)
         self._resolve_selection(layer_selection, num_layer_samples)
         _check_left_padding(attention_mask)
-        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes)
+        frames = (pixel_values, valid_sizes, sam_pixel_values, sam_valid_sizes, original_sizes, more)
         rows = self.prepare_rows(input_ids, attention_mask, image_index, image_embeddings, frames)
         max_rows = MAX_ROWS if max_rows is None else max_rows
         if max_rows < 1:
@@ -233,9 +235,12 @@ class SegmentGenerationMixin(GenerationMixin):
         )
         others["stopping_criteria"] = StoppingCriteriaList([states, *(others.get("stopping_criteria") or [])])
         lmm_inputs = rows.lmm_inputs() if prefix is None else continue_prefixes(prefix, rows)
+        prompt_length, laid_out = rows.input_ids.shape[1], lmm_inputs["input_ids"].shape[1]
+        if settings.max_length is not None:
+            # Prefixes of several lengths are laid out in more columns than their rows.
+            settings.max_length += laid_out - prompt_length
         with states:
             generated = lmm.generate(**lmm_inputs, generation_config=settings, **others)
-        prompt_length = rows.input_ids.shape[1]
         row, segment_states, scores = states.segments(self.config.num_segment_tokens)
         if prefix is not None:
             image_states = prefix.image_states
@@ -247,9 +252,9 @@ class SegmentGenerationMixin(GenerationMixin):
         token_row = row if image_states.row_of is None else image_states.row_of.to(row.device)[row]
         return WrittenAnswers(
             # As they were given: with a shared prefix, padding stood elsewhere.
-            sequences=torch.cat([rows.input_ids, generated.sequences[:, prompt_length:]], 1),
+            sequences=torch.cat([rows.input_ids, generated.sequences[:, laid_out:]], 1),
             prompt_length=prompt_length,
-            finished=self._finished(generated.sequences, prompt_length, settings, generate_kwargs),
+            finished=self._finished(generated.sequences, laid_out, settings, generate_kwargs),
             token_scores=scores,
             image_index=rows.image_index,
             segments=Segments(row, segment_states, image_index[row], token_row, image_states, images),

@@ -34,17 +34,26 @@ class ImageFrame:
 
     Args:
         kind: one of `FRAMES`.
-        side: cells along each axis.
+        side: cells along each axis, or, with `width`, along rows.
+        width (*optional*): cells along columns, of a `stretch` that is no square.
     """
 
     kind: str
     side: int
+    width: int | None = None
 
     def __post_init__(self):
         if self.kind not in FRAMES:
             raise ValueError(f"a frame must be one of {FRAMES}, got {self.kind!r}")
         if self.side < 1:
             raise ValueError(f"the side of a frame must be at least 1, got {self.side}")
+        if self.width is not None and (self.kind != "stretch" or self.width < 1):
+            raise ValueError(f"the width of a frame must be at least 1 and is for 'stretch' only, got {self.width}")
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Cells along rows and columns."""
+        return self.side, self.side if self.width is None else self.width
 
     def windows(self, image_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """
@@ -54,19 +63,27 @@ class ImageFrame:
         truncates the scaled side and halves what sticks out downwards, by which the frame may be one cell wider than
         the image.
         """
+        if self.kind == "stretch":
+            return (0, self.hw[0]), (0, self.hw[1])
         return self._window(image_hw[0], image_hw), self._window(image_hw[1], image_hw)
 
     def _window(self, length: int, image_hw: tuple[int, int]) -> tuple[int, int]:
-        if self.kind == "stretch":
-            return 0, self.side
         if self.kind == "letterbox":
             return 0, max(1, int(length * (self.side / max(image_hw)) + 0.5))
         padding = (int(length * (self.side / min(image_hw))) - self.side) // 2
         return -padding, self.side + padding
 
-    def resized(self, side: int) -> "ImageFrame":
-        """The same frame in cells of another size."""
-        return ImageFrame(self.kind, side)
+    def resized(self, side: int, width: int | None = None) -> "ImageFrame":
+        """The same frame in cells of another size, as many along both axes but for a `stretch` of another `width`."""
+        return ImageFrame(self.kind, side, None if width == side else width)
+
+    def of_image(self, image: int) -> "ImageFrame":
+        """The frame of one image; see [`ImageFrames`]."""
+        return self
+
+    def own_grid(self, maps: torch.Tensor, image: int) -> torch.Tensor:
+        """What of maps `(…, h, w)` is the token grid of one image: all."""
+        return maps
 
     def points_to_frame(self, points: torch.Tensor, image_hw: tuple[int, int]) -> torch.Tensor:
         """Points `(…, 2)`, x and y in pixels of the image, in cells of the frame; float32."""
@@ -75,6 +92,29 @@ class ImageFrame:
         return points.float() * points.new_tensor(scale, dtype=torch.float32) + points.new_tensor(
             [columns[0], rows[0]], dtype=torch.float32
         )
+
+
+@dataclass(frozen=True)
+class ImageFrames:
+    """
+    Frames of images that each have their own.
+
+    Attributes:
+        frames: of each image, in pixels.
+        grids: rows and columns of each image's own token grid, at the top left of a grid as large as the largest.
+    """
+
+    frames: tuple[ImageFrame, ...]
+    grids: tuple[tuple[int, int], ...]
+
+    def of_image(self, image: int) -> ImageFrame:
+        """The frame of one image."""
+        return self.frames[image]
+
+    def own_grid(self, maps: torch.Tensor, image: int) -> torch.Tensor:
+        """What of maps `(…, h, w)` is the token grid of one image."""
+        rows, columns = self.grids[image]
+        return maps[..., :rows, :columns]
 
 
 def resize_rows(matrix: torch.Tensor, length: int, mode: str = "bilinear") -> torch.Tensor:
@@ -124,8 +164,8 @@ def grid_to_image(
     """
     windows = frame.windows(image_hw) if windows is None else windows
     rows, columns = (
-        _grid_to_image(grid, frame.side, window, length)
-        for grid, window, length in zip(grid_hw, windows, image_hw, strict=True)
+        _grid_to_image(grid, side, window, length)
+        for grid, side, window, length in zip(grid_hw, frame.hw, windows, image_hw, strict=True)
     )
     return rows, columns
 
@@ -163,8 +203,10 @@ def grid_to_grid(
     """
     windows = frame.windows(image_hw) if windows is None else windows
     rows, columns = (
-        _grid_to_grid(grid, frame.side, window, length, other.side, other_window, mode)
-        for grid, window, length, other_window in zip(grid_hw, windows, image_hw, other.windows(image_hw), strict=True)
+        _grid_to_grid(grid, side, window, length, other_side, other_window, mode)
+        for grid, side, window, length, other_side, other_window in zip(
+            grid_hw, frame.hw, windows, image_hw, other.hw, other.windows(image_hw), strict=True
+        )
     )
     return rows, columns
 
@@ -185,8 +227,8 @@ def apply_matrices(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
 def inside_windows(frame: ImageFrame, image_hw: tuple[int, int]) -> torch.Tensor:
     """`(side, side)` bool: cells of the frame that show image and not padding."""
     axes = []
-    for start, end in frame.windows(image_hw):
-        cells = torch.arange(frame.side)
+    for side, (start, end) in zip(frame.hw, frame.windows(image_hw), strict=True):
+        cells = torch.arange(side)
         axes.append((cells >= start) & (cells < end))
     return axes[0][:, None] & axes[1]
 
@@ -210,6 +252,7 @@ def letterbox_mask(mask: np.ndarray, side: int) -> torch.Tensor:
 __all__ = [
     "FRAMES",
     "ImageFrame",
+    "ImageFrames",
     "apply_matrices",
     "grid_to_grid",
     "grid_to_image",

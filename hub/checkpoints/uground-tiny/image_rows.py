@@ -1,7 +1,5 @@
 """Which row asks about which image, and whether rows and images that were joined or cut still belong together."""
 
-from collections.abc import Mapping
-
 import torch
 
 
@@ -29,26 +27,28 @@ def resolve_image_index(image_index: torch.Tensor | None, num_rows: int, num_ima
 
 
 def check_images(
-    pixel_values: torch.Tensor | None, sam_pixel_values: torch.Tensor | None, *sizes: Mapping[str, torch.Tensor | None]
+    pixel_values: torch.Tensor | None, sam_pixel_values: torch.Tensor | None, *sizes: torch.Tensor
 ) -> None:
     """
     See that images were joined along their first axis.
 
     Args:
-        pixel_values (`(I, 3, h, w)`), sam_pixel_values (`(I, 3, S, S)`), sizes (each `(I, 2)`): of the processor.
+        pixel_values (`(I, 3, h, w)`, *optional*), sam_pixel_values (`(I, 3, S, S)`), sizes (each `(I, m)`): of the
+            processor; no `pixel_values` where they are not per image.
 
     Raises:
         ValueError: one has another number of axes, as stacking gives, of images or of channels, or a size is no size.
     """
-    frames = (pixel_values, sam_pixel_values)
-    is_flat = all(frame.dim() == 4 for frame in frames) and all(size.dim() == 2 for size in sizes)
-    if not is_flat or len({len(value) for value in (*frames, *sizes)}) != 1:
-        shapes = ", ".join(str(tuple(value.shape)) for value in (*frames, *sizes))
+    named = {"pixel_values": pixel_values, "sam_pixel_values": sam_pixel_values}
+    frames = {name: frame for name, frame in named.items() if frame is not None}
+    is_flat = all(frame.dim() == 4 for frame in frames.values()) and all(size.dim() == 2 for size in sizes)
+    if not is_flat or len({len(value) for value in (*frames.values(), *sizes)}) != 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in (*frames.values(), *sizes))
         raise ValueError(
-            "pixel_values and sam_pixel_values must have 4 axes, their sizes 2, and all as many images; outputs of "
+            f"{' and '.join(frames)} must have 4 axes, their sizes 2, and all as many images; outputs of "
             f"the processor are joined with torch.cat and not stacked, got shapes {shapes}"
         )
-    for name, frame in zip(("pixel_values", "sam_pixel_values"), frames, strict=True):
+    for name, frame in frames.items():
         if frame.shape[1] != 3:
             raise ValueError(f"{name} must have 3 channels, got {frame.shape[1]}")
     if any((size < 1).any() for size in sizes):

@@ -35,6 +35,22 @@ class Segments:
     images: UGroundImageEmbeddings
     columns: torch.Tensor | None = None
 
+    @property
+    def cells(self) -> torch.Tensor:
+        """`(N, n)`: cells that the image tokens of each show, see `TokenLayout`."""
+        cells = self.images.token_cells
+        return cells[self.image.to(cells.device)].to(self.states.device)
+
+    @property
+    def in_grid(self) -> torch.Tensor:
+        """`(N, h, w)` bool: cells of each one's own grid."""
+        images, (rows, columns) = self.images, self.images.token_valid.shape[1:]
+        sizes = images.grid_sizes[self.image.to(images.grid_sizes.device)].to(self.states.device)[..., None, None]
+        device = self.states.device
+        return (torch.arange(rows, device=device)[:, None] < sizes[:, 0]) & (
+            torch.arange(columns, device=device) < sizes[:, 1]
+        )
+
     def __len__(self) -> int:
         return self.row.shape[0]
 

@@ -55,6 +55,7 @@ class ImageSession:
         # Only now: an image that cannot be read has been refused by name.
         self._fingerprint = image_fingerprint(image)
         self._images = model.get_image_embeddings(**inputs)
+        self._image_tokens = int(self._images.token_counts[0])
         self._prefix = model.read_prefix(inputs["input_ids"], inputs["attention_mask"], None, self._images)
 
     def __call__(
@@ -101,10 +102,12 @@ class ImageSession:
 
     def _encode(self, queries: list[str]):
         """Prompts of queries; with history behind as many of the last turns as fit."""
-        inputs = self._processor.encode_queries(queries)
+        inputs = self._processor.encode_queries(queries, image_tokens=self._image_tokens)
         while self.turns:
             prompt = self._processor.render_prompt(self.turns, queries[0])
-            conversation = self._processor.encode_queries([prompt], max_length=sys.maxsize)
+            conversation = self._processor.encode_queries(
+                [prompt], max_length=sys.maxsize, image_tokens=self._image_tokens
+            )
             if conversation["input_ids"].shape[1] <= self._processor.tokenizer.model_max_length:
                 return conversation
             # The query by itself fits, so it is the history that is too long.

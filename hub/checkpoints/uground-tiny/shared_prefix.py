@@ -1,7 +1,8 @@
 """What the queries of an image have in common, up to its last image token, read once and shared by all of them.
 
 Rows are laid out as they were, padding in front of the rest of a row instead of in front of its beginning, so that
-all rows share one cached block of keys and values: `[prefix][padding][rest]`.
+all rows share one cached block of keys and values: `[prefix][padding][rest]`. Prefixes of images of several sizes are
+padded in front, to the longest.
 """
 
 import copy
@@ -20,12 +21,12 @@ from .states_again import KeptLayers, StatesAgain
 @dataclass
 class SharedPrefix:
     """
-    G prefixes of P tokens each, as the LMM has read them, and which of them each of B rows begins with.
+    G prefixes of up to P tokens each, as the LMM has read them, and which of them each of B rows begins with.
 
     Attributes:
         keys: image and token ids of each prefix, to tell them apart.
         features (`(G, n, D)`): what the image tokens were before the first layer.
-        length: P.
+        length: P, the longest.
         cache: keys and values `(G, …, P, …)` per layer; never written to, see [`cache_of_rows`].
         image_states: of the G prefixes; its `row_of` says which one each of the B rows begins with.
     """
@@ -90,13 +91,10 @@ def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, keep: KeptLayers
     first_row = _first_rows(keys)
     device = rows.input_ids.device
     firsts = rows.select(torch.tensor(list(first_row.values()), device=device))
-    length = len(keys[0]) - 1
+    length = max(map(len, keys)) - 1
     image_columns = firsts.image_columns.to(device)
     starts = image_columns[:, -1:] + 1 - length
-    columns = starts + torch.arange(length, device=device)
-    inputs = firsts.lmm_inputs()
-    for name in ("input_ids", "attention_mask", "position_ids"):
-        inputs[name] = inputs[name].gather(1, columns)
+    inputs = firsts.lmm_inputs() | _prefix_inputs(firsts, length)
     more = {"logits_to_keep": 1} if lmm._supports_logits_to_keep() else {}
     kept = keep.of(len(firsts))
     with PrefixStates(adapter.decoder_layers(lmm), adapter.final_norm(lmm), image_columns - starts, kept) as states:
@@ -113,20 +111,44 @@ def _read_prefixes(lmm: nn.Module, rows: Rows, num_layers: int, keep: KeptLayers
     )
 
 
+def _prefix_inputs(rows: Rows, length: int) -> dict[str, torch.Tensor]:
+    """The last `length` tokens of each row up to its image; what lies before a shorter prefix is masked."""
+    ends = rows.image_columns[:, -1:].to(rows.input_ids.device) + 1
+    columns = ends - length + torch.arange(length, device=rows.input_ids.device)
+    is_prefix = columns >= rows.starts[:, None]
+    columns = columns.clamp_min(0)
+    ids = rows.input_ids.gather(1, columns)
+    # No image token: their number is that of the features.
+    first = rows.input_ids.gather(1, ends.clamp(max=rows.input_ids.shape[1] - 1))
+    return {
+        "input_ids": torch.where(is_prefix, ids, first),
+        "attention_mask": rows.attention_mask.gather(1, columns).masked_fill(~is_prefix, 0),
+        "position_ids": _take(rows.position_ids, columns).masked_fill(~is_prefix, 0),
+    }
+
+
+def _take(positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Columns `(B, m)` of positions `(…, B, T)`."""
+    return positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
+
+
 def continue_prefixes(prefix: SharedPrefix, rows: Rows) -> dict:
     """Arguments for the LMM's `generate` that go on behind the prefixes of rows."""
     ids, mask, positions = rows.input_ids, rows.attention_mask, rows.position_ids
-    length = prefix.length
     ends = rows.image_columns[:, -1:].to(ids.device) + 1
-    in_prefix = torch.arange(ids.shape[1], device=ids.device)
-    padding = (in_prefix < ends)[:, length:]
-    columns = ends - length + in_prefix[:length]
-    # A row that is padded at all begins with the padding token.
-    rest = torch.where(padding, ids[:, :1], ids[:, length:])
+    # Rests end where their rows do; where all prefixes are equally long, so are rows as they were given.
+    count = max(ids.shape[1] - prefix.length, ids.shape[1] - int(ends.min()))
+    start = ids.shape[1] - count
+    padding = torch.arange(start, ids.shape[1], device=ids.device) < ends
+    begun = _prefix_inputs(rows, prefix.length)
+    rest = {
+        # What is masked need only be no image token.
+        "input_ids": torch.where(padding, ids.gather(1, ends), ids[:, start:]),
+        "attention_mask": mask[:, start:].masked_fill(padding, 0),
+        "position_ids": positions[..., start:].masked_fill(padding, 0),
+    }
     return {
-        "input_ids": torch.cat([ids.gather(1, columns), rest], 1),
-        "attention_mask": torch.cat([mask.gather(1, columns), mask[:, length:].masked_fill(padding, 0)], 1),
-        "position_ids": torch.cat([positions.gather(1, columns), positions[:, length:].masked_fill(padding, 0)], 1),
+        **{name: torch.cat([begun[name], values], -1) for name, values in rest.items()},
         CACHE_NAME: cache_of_rows(prefix.cache, prefix.image_states.row_of),
     }
 
