@@ -23,7 +23,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm import tqdm
 
 from uground.command_line import checked_seed, run_command, seed_number
-from uground.hub.publish.commit import check_repo_id, commit_files, require_token
+from uground.hub.publish.commit import add_repository_arguments, check_repo_id, commit_files, require_token
 from uground.hub.publish.publishing import listing
 from uground.training.data.jsonl import JsonlSource, named_file
 from uground.training.data.prepared import (
@@ -282,9 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "path", metavar="PATH", help='prepared folder, JSONL file (with or without :SPLIT), or "scenes"'
     )
-    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make it a private repository")
-    parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")
+    add_repository_arguments(parser)
     parser.add_argument("--license", help="licence of pictures and annotations, as the Hub spells it")
     parser.add_argument("--split", help="what the lines of a JSONL file are that name no split (default: train)")
     parser.add_argument("--count", type=int, default=1000, help="examples of each split, for scenes")

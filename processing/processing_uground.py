@@ -1,5 +1,6 @@
 """The processor of UGround: images and queries to tensors for the model, its outputs to answers and masks."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from .processor_files import (
     names_tokenizer_files,
     saved_type,
 )
-from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options
+from .processor_options import IMAGE_OPTIONS, CallOptions, read_options, take_image_options, warn_of_unknown
 from .prompt_format import PromptFormat, check_token_ids, resolve_token
 from .prompt_pieces import (
     ASSISTANT,
@@ -132,12 +133,13 @@ class UGroundProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """
-        Like `ProcessorMixin.from_pretrained`.
+        Like `ProcessorMixin.from_pretrained`; a warning names keywords that nothing reads.
 
         Raises:
             OSError, ValueError: there is no processor, or a file of it is cut, of another schema, or a pointer of Git
                 LFS; the sentence names the file.
         """
+        warn_of_unknown(kwargs, tuple(inspect.signature(cls.__init__).parameters))
         with names_broken_files(pretrained_model_name_or_path, **kwargs):
             # This class asks for no code of the checkpoint; without the word, transformers would ask back.
             trusted = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}

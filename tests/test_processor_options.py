@@ -9,6 +9,8 @@ Of that mixin these do not apply:
 - a row without an image is refused, as is a processor's call with images and no text.
 """
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -256,3 +258,14 @@ def test_a_processor_is_copied_and_loaded_whole(processor, tmp_path):
     for name, value in processor(IMAGE, "[SEG] a").items():
         assert torch.equal(loaded(IMAGE, "[SEG] a")[name], value)
     assert loaded.batch_decode([[4, 5, 8]]) == loaded.tokenizer.batch_decode([[4, 5, 8]]) == ["a the cup"]
+
+
+@pytest.mark.parametrize("load", [UGroundProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_keywords_of_loading_that_nothing_reads_are_named(load, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("uground"), "propagate", True)
+    folder = uground.tiny_checkpoint()
+    load(folder, padding_side="left", do_normalize=False, local_files_only=True, use_fast=True, patch_size=8)
+    assert "does not know" not in caplog.text
+    load(folder, patch_sise=8, bogus=1, revision="main")
+    assert "does not know bogus, patch_sise, which" in caplog.text

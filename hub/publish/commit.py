@@ -1,5 +1,6 @@
 """One folder, one commit: the exchange with the Hub that publishing a checkpoint or a dataset needs."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -101,3 +102,10 @@ def _explain(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:
     if status in (409, 412):
         return f"somebody else changed the {repo_type} {repo_id}, and nothing was committed ({said}); {AGAIN}"
     return f"the Hub answered {status} ({said}); {AGAIN}"
+
+
+def add_repository_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for where a commit goes, shared by the commands that make one."""
+    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make it a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")

@@ -23,7 +23,7 @@ from uground.checkpoint_loading import load_processor
 from uground.command_line import run_command
 from uground.hub.publish.card import add_card_arguments, card_facts, write_card
 from uground.hub.publish.closure import complete_folder, keep_files, refuse_facts
-from uground.hub.publish.commit import check_repo_id, commit_files, require_token
+from uground.hub.publish.commit import add_repository_arguments, check_repo_id, commit_files, require_token
 from uground.hub.publish.eval_entries import write_eval_entries
 from uground.hub.publish.model_card import check_card
 from uground.hub.publish.recipe_file import RECIPE_FILE
@@ -209,9 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", help="checkpoint folder, or folder of an adapter")
-    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository, made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make it a private repository")
-    parser.add_argument("--dry-run", action="store_true", help="list files, sizes and the card; no network")
+    add_repository_arguments(parser)
     parser.add_argument("--adapter", action="store_true", help="PATH holds a LoRA adapter")
     parser.add_argument("--no-example", action="store_true", help="do not ask the checkpoint about the example image")
     add_card_arguments(parser)

@@ -74,7 +74,7 @@ class Part:
         if misshapen:
             problems.append(f"wrong shape of {name_some(misshapen)}")
         if problems:
-            raise ValueError(f"{self.title} does not make up a UGround: {'; '.join(problems)}.")
+            raise ValueError(f"{self.title} does not make up a UGround: {'; '.join(problems)}")
 
     def write(self, writer: ShardWriter, dtype: torch.dtype, progress: tqdm) -> None:
         """Stream the tensors to a writer, file by file, so that only one file is mapped at a time."""

@@ -3,9 +3,13 @@
 from dataclasses import dataclass, field
 
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+from transformers.utils import logging
 
 from .argument_checks import check_number, check_one_of, check_whole
+
+logger = logging.get_logger(__name__)
 
 # What may be changed of how pixels are read; both frames are changed alike.
 IMAGE_OPTIONS = (
@@ -35,6 +39,25 @@ PASSED_OVER = ("return_text_replacement_offsets",)
 # It hands these on as well, `None` where there are none.
 OTHER_INPUTS = ("videos", "audio")
 CHANNELS = 3
+# Keywords of `from_pretrained`: where files are looked for, what automatic classes and pipelines hand on, and what
+# the tokenizers of transformers take, which no signature of theirs names.
+LOADING_OPTIONS = frozenset(
+    (
+        *("cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "code_revision"),
+        *("subfolder", "token", "trust_remote_code", "user_agent", "adapter_kwargs", "return_unused_kwargs"),
+        *("backend", "use_fast", "config", "tokenizer_type", "dtype", "torch_dtype"),
+    )
+)
+TOKENIZER_OPTIONS = frozenset(
+    (
+        *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+        *("add_bos_token", "add_eos_token", "add_prefix_space", "additional_special_tokens", "chat_template"),
+        *("clean_up_tokenization_spaces", "extra_special_tokens", "fix_mistral_regex", "gguf_file", "legacy"),
+        *("model_input_names", "model_max_length", "padding_side", "split_special_tokens", "tokenizer_file"),
+        *("truncation_side", "verbose", "vocab", "vocab_file", "merges", "merges_file"),
+        *("added_tokens_decoder", "model_specific_special_tokens", "tokenizer_object", "tokenizer_class"),
+    )
+)
 COMMON = "common_kwargs"
 GROUPS = {
     "text_kwargs": TEXT_OPTIONS,
@@ -130,6 +153,22 @@ def take_image_options(given: dict) -> dict:
     """
     _refuse_frame(given)
     return _image_options({name: given[name] for name in IMAGE_OPTIONS if name in given})
+
+
+def warn_of_unknown(given: dict, own: tuple[str, ...]) -> None:
+    """
+    Log a warning that names the keywords of `from_pretrained` that nothing reads.
+
+    A warning only: other releases of transformers may hand on keywords that this one does not know.
+
+    Args:
+        given: the keywords; private ones, of transformers itself, are passed over.
+        own: arguments of the processor's class.
+    """
+    known = {*LOADING_OPTIONS, *TOKENIZER_OPTIONS, *IMAGE_OPTIONS, *FRAME_OPTIONS, *own}
+    unknown = sorted(name for name in given if name not in known and not name.startswith("_"))
+    if unknown and not given.get("return_unused_kwargs"):
+        logger.warning(f"a UGroundProcessor does not know {', '.join(unknown)}, which changes nothing")
 
 
 def _image_options(given: dict) -> dict:
