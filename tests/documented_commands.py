@@ -56,7 +56,7 @@ NUMBERS = {"N": "1"}
 # Places that a command fills; whatever stands there from before is not meant.
 FILLED = ("--output", "--sheet", "--output_dir")
 
-FEW_STEPS = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --max_length 200"
+FEW_STEPS = "--max_steps 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
 FEW_STEPS += " --dataloader_num_workers 0 --dataloader_prefetch_factor None --eval_strategy no --eval_scene_count 0"
 # What makes a command small (the last of two flags counts), by what it begins with.
 SMALLER = (
@@ -70,6 +70,7 @@ SMALLER = (
     (r"benchmarks/bench_inference", "--scale tiny --rounds 1 --only states"),
     (r"benchmarks/bench_states", "--layers 2 --rows 2 --rounds 1"),
     (r"benchmarks/bench_train_memory", "--layers 2 --width 64 --segments 1 --queries 1 --rounds 1"),
+    (r"benchmarks/(probe_kinds|sam_prompts)", "--scenes 16"),
     # Loads in fresh processes, which takes half a minute even where it is small.
     (r"benchmarks/bench_load", "--help"),
 )
@@ -83,6 +84,7 @@ def heads(text: str) -> str:
 def documented(page: Path) -> list[list[str]]:
     """The commands of a page in order, as words: a module or a script, and its arguments."""
     text = page.read_text(encoding="utf-8")
+    assert len(re.findall("^```", text, flags=re.M)) % 2 == 0, f"{page.name}: a fence is open at its end"
     lines = heads(text) if page.suffix == ".yaml" else "\n".join(block for _, block in FENCED.findall(text))
     lines += "\n" + "\n".join(INLINE.findall("" if page.suffix == ".yaml" else FENCED.sub("", text)))
     found = []
@@ -143,6 +145,7 @@ def run(words: list[str]) -> object:
     try:
         if name.endswith(".py"):
             sys.argv = [name, *arguments]
+            sys.path.insert(0, str((ROOT / name).parent))
             runpy.run_path(str(ROOT / name), run_name="__main__")
             return 0
         for module in (name, f"{name}.__main__"):
