@@ -136,9 +136,9 @@ def assemble(
         save_all_but_weights(folder, model, processor)
         write_weights(folder, parts, new_tensors, dtype, num_bytes)
     print(
-        f"Wrote {output}: {config.num_layers - 1} layers, {len(tokenizer)} tokens, "
+        f"wrote {output}: {config.num_layers - 1} layers, {len(tokenizer)} tokens, "
         f"{str(dtype).removeprefix('torch.')}, {SEGMENT} {config.segment_token_id}, "
-        f"{REJECT} {config.reject_token_id}; it is to be trained."
+        f"{REJECT} {config.reject_token_id}; it is to be trained"
     )
 
 
@@ -152,22 +152,20 @@ def read_lmm_config(folder: Path) -> LlavaConfig:
     """
     content = read_json_object(folder / "config.json")
     if content.get("model_type") not in LMM_TYPES:
-        raise ValueError(
-            f"The LMM {folder} must be of type {' or '.join(LMM_TYPES)}, got {content.get('model_type')}."
-        )
+        raise ValueError(f"the LMM {folder} must be of type {' or '.join(LMM_TYPES)}, got {content.get('model_type')}")
     if "text_config" not in content:
         raise ValueError(
-            f"The LMM {folder} is in the layout of the LLaVA code, expected that of transformers as in llava-hf/…."
+            f"the LMM {folder} is in the layout of the LLaVA code, expected that of transformers as in llava-hf/…"
         )
     with names_config(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
-            f"The LMM {folder} must drop the class token (vision_feature_select_strategy 'default'), got "
-            f"{config.vision_feature_select_strategy!r}."
+            f"the LMM {folder} must drop the class token (vision_feature_select_strategy 'default'), got "
+            f"{config.vision_feature_select_strategy!r}"
         )
     if config.tie_word_embeddings:
-        raise ValueError(f"The LMM {folder} ties its output to its embeddings, which is not supported.")
+        raise ValueError(f"the LMM {folder} ties its output to its embeddings, which is not supported")
     vision = config.vision_config
     return LlavaConfig(
         vision_config=vision,
@@ -188,12 +186,12 @@ def read_tokenizer(folder: Path, lmm_config: LlavaConfig) -> tuple[PreTrainedTok
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # tokenizers raises the base class alone
-        raise OSError(f"The tokenizer in {folder} cannot be read ({first_line(error)}).") from error
+        raise OSError(f"the tokenizer in {folder} cannot be read ({first_line(error)})") from error
     image_token_id = tokenizer.get_vocab().get(IMAGE)
     if image_token_id != lmm_config.image_token_id:
         raise ValueError(
             f"{IMAGE} is number {image_token_id} in the tokenizer of {folder}, but number {lmm_config.image_token_id} "
-            f"in its config.json."
+            f"in its config.json"
         )
     num_old = len(tokenizer)
     # Without the white space around them, as the official tokenizer has it.
@@ -269,8 +267,8 @@ def plan_parts(
         elif name.startswith(SAM_PREFIX) and not _is_tied(model, name.removeprefix(SAM_PREFIX)):
             sam_targets[name.removeprefix(SAM_PREFIX)] = Target(name, shape)
     parts = [
-        Part(f"The LMM {lmm_weights.path}", lmm_weights, lmm_name, lmm_targets),
-        Part(f"The SAM {sam_weights.path}", sam_weights, rename_sam, sam_targets),
+        Part(f"the LMM {lmm_weights.path}", lmm_weights, lmm_name, lmm_targets),
+        Part(f"the SAM {sam_weights.path}", sam_weights, rename_sam, sam_targets),
     ]
     for part in parts:
         part.check()

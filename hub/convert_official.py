@@ -180,13 +180,13 @@ def plan_parts(opened: Source, model: UGroundForReferringSegmentation) -> list[P
         target = Target(name, (shape[0] - 1, *shape[1:]), add_row) if key in VOCABULARY else Target(name, shape)
         # A second name of the same tensor, of SAM's position encoding, is tied and not written.
         targets[origin].setdefault(key, target)
-    title = f"The checkpoint {opened.name}"
+    title = f"the checkpoint {opened.name}"
     checked = {name: Target(name, shape) for name, shape in critic.items()}
     Part(title, opened.weights, lambda name: name if _is_of_critic(name) else None, checked).check()
     parts = [
         Part(title, opened.weights, _official_name, targets[Origin.CHECKPOINT]),
         Part(
-            f"The vision tower {opened.vision_weights.path}",
+            f"the vision tower {opened.vision_weights.path}",
             opened.vision_weights,
             clip_name,
             targets[Origin.VISION_TOWER],
@@ -261,35 +261,33 @@ def _token_ids(opened: Source, tokenizer, *given: int | None) -> tuple[int | Non
     if tokenizer is None:
         for token, number in zip((SEGMENT, REJECT), given, strict=True):
             if number is not None and not 0 <= number < opened.num_rows:
-                raise ValueError(
-                    f"{token} must be one of the {opened.num_rows} tokens of {opened.name}, got {number}."
-                )
+                raise ValueError(f"{token} must be one of the {opened.num_rows} tokens of {opened.name}, got {number}")
         return given
     named = tuple(tokenizer.get_vocab().get(token) for token in (SEGMENT, REJECT))
     for token, number, asked in zip((SEGMENT, REJECT), named, given, strict=True):
         if asked is not None and asked != number:
-            raise ValueError(f"{token} was said to be number {asked}, but the tokenizer says {number}.")
+            raise ValueError(f"{token} was said to be number {asked}, but the tokenizer says {number}")
     return named
 
 
 def _report(opened: Source, output: Path, config: UGroundConfig, dtype: torch.dtype, processor, points) -> None:
     layers = config.num_layers - 1
     print(
-        f"Wrote {output}: {layers} layers, {opened.num_rows} tokens and <image>, {str(dtype).removeprefix('torch.')}, "
+        f"wrote {output}: {layers} layers, {opened.num_rows} tokens and <image>, {str(dtype).removeprefix('torch.')}, "
         f"{SEGMENT} {config.segment_token_id}, {REJECT} {config.reject_token_id}, layer selection "
-        f"{config.layer_selection!r}."
+        f"{config.layer_selection!r}"
     )
     if "points" in config.prompts:
         said = "" if points.is_whole else f", where not said as READ's code has it for {layers} layers"
         print(
-            f"It picks {config.num_points} points of cells of {config.point_downsample} x {config.point_downsample} "
+            f"it picks {config.num_points} points of cells of {config.point_downsample} x {config.point_downsample} "
             f"image tokens, positive from {config.point_thresholds[0]} and negative up to "
-            f"{config.point_thresholds[1]}{said}."
+            f"{config.point_thresholds[1]}{said}"
         )
     if processor is None:
-        print("It has no processor, because no tokenizer was found; pass --tokenizer for one.")
+        print("it has no processor, because no tokenizer was found; pass --tokenizer for one")
     if config.segment_token_id is None:
-        print(f"It does not know its {SEGMENT} token; pass --tokenizer or --segment-token-id.")
+        print(f"it does not know its {SEGMENT} token; pass --tokenizer or --segment-token-id")
 
 
 def build_parser() -> argparse.ArgumentParser:

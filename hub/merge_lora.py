@@ -55,7 +55,7 @@ def merge_lora(adapter: str, base: str, output: str, dtype: torch.dtype | None =
         _write_weights(folder, model)
         if (adapter_folder / RECIPE_FILE).is_file():
             shutil.copy(adapter_folder / RECIPE_FILE, folder / RECIPE_FILE)
-    print(f"Wrote {output}: {base} with {adapter} merged into it.")
+    print(f"wrote {output}: {base} with {adapter} merged into it")
 
 
 def apply_adapter(model: UGroundForReferringSegmentation, adapter: Path) -> UGroundForReferringSegmentation:
@@ -79,7 +79,7 @@ def apply_adapter(model: UGroundForReferringSegmentation, adapter: Path) -> UGro
     ) as error:  # what torch and peft raise for shapes and names that differ
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         reason = next((line for line in lines if "mismatch" in line), lines[0])
-        raise ValueError(f"The adapter {adapter} does not fit the base ({reason}).") from error
+        raise ValueError(f"the adapter {adapter} does not fit the base ({reason})") from error
     _check_names(adapted, adapter)
     return adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
 
@@ -96,7 +96,7 @@ def _check_names(adapted: PeftModel, adapter: Path) -> None:
     if unexpected := names - needed - set(adapted.state_dict()):
         problems.append(f"unexpected {name_some(unexpected)}")
     if problems:
-        raise ValueError(f"The adapter {adapter} does not fit the base: {'; '.join(problems)}.")
+        raise ValueError(f"the adapter {adapter} does not fit the base: {'; '.join(problems)}")
 
 
 def _write_weights(folder: Path, model: UGroundForReferringSegmentation) -> None:

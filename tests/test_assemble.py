@@ -288,7 +288,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, capsys, parts):
     refused(capsys, message, source, parts["sam"], tmp_path / "out")
     for path in source.glob("tokenizer*"):
         path.unlink()
-    refused(capsys, "The tokenizer in", source, parts["sam"], tmp_path / "out")
+    refused(capsys, "the tokenizer in", source, parts["sam"], tmp_path / "out")
 
 
 def test_an_lmm_with_other_tensors(tmp_path, capsys, parts):
@@ -304,7 +304,7 @@ def test_a_sam_that_is_none(tmp_path, capsys, parts):
     out = tmp_path / "out"
     refused(capsys, "sam3_video, got llava", parts["lmm"], parts["lmm"], out)
     torch.save({"weight": torch.ones(1)}, tmp_path / "sam.pth")
-    refused(capsys, "The weights are no original SAM checkpoint", parts["lmm"], tmp_path / "sam.pth", out)
+    refused(capsys, "the weights are no original SAM checkpoint", parts["lmm"], tmp_path / "sam.pth", out)
     original = sam_to_original(parts["sam_model"].state_dict())
     torch.save(original | {"more.weight": torch.ones(1)}, tmp_path / "sam.pth")
     refused(capsys, "unexpected more.weight", parts["lmm"], tmp_path / "sam.pth", out)

@@ -49,7 +49,7 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
     if kind == "clip":
         config = config.get("vision_config") or {}
     elif kind != "clip_vision_model":
-        raise ValueError(f"The vision tower {folder} must be of type clip or clip_vision_model, got {kind}.")
+        raise ValueError(f"the vision tower {folder} must be of type clip or clip_vision_model, got {kind}")
     with names_config(folder / "config.json"):
         return CLIPVisionConfig(**{name: value for name, value in config.items() if name != "model_type"})
 
@@ -62,15 +62,15 @@ def check_vision_tower(
     width = shapes[name][1]
     if vision.hidden_size != width:
         raise ValueError(
-            f"The vision tower {folder} has width {vision.hidden_size}, but {name} of the checkpoint "
-            f"takes {width}; it was trained with {named}."
+            f"the vision tower {folder} has width {vision.hidden_size}, but {name} of the checkpoint "
+            f"takes {width}; it was trained with {named}"
         )
     # The official code lays the image tokens out on a grid of its own, whatever the vision tower.
     side, expected = vision.image_size // vision.patch_size, system.grid_side
     if side != expected:
         raise ValueError(
-            f"The vision tower {folder} makes {side} x {side} patches of {vision.image_size} pixels, expected "
-            f"{expected} x {expected} as in {named}."
+            f"the vision tower {folder} makes {side} x {side} patches of {vision.image_size} pixels, expected "
+            f"{expected} x {expected} as in {named}"
         )
 
 
@@ -93,11 +93,11 @@ def _check_settings(config: dict, system: OfficialSystem) -> None:
         if config.get(name, default) not in expected:
             raise ValueError(
                 f"config.json of the checkpoint says {name} {config[name]!r}, which is not supported; expected "
-                f"{' or '.join(map(repr, expected))}."
+                f"{' or '.join(map(repr, expected))}"
             )
     missing = [name for name in REQUIRED_KEYS if not isinstance(config.get(name), int)]
     if missing:
-        raise ValueError(f"config.json of the checkpoint lacks {', '.join(missing)}.")
+        raise ValueError(f"config.json of the checkpoint lacks {', '.join(missing)}")
 
 
 def official_layer_selection(config: dict, system: OfficialSystem) -> str:

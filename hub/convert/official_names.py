@@ -91,7 +91,7 @@ def source_of(name: str, iou_head_depth: int, projector_layers: int = 2) -> tupl
     for ours, official in (_PREFIXES | (_ONE_LAYER if projector_layers == 1 else {})).items():
         if name.startswith(ours):
             return Origin.CHECKPOINT, official + name.removeprefix(ours)
-    raise ValueError(f"{name!r} has no counterpart in an official UGround checkpoint.")
+    raise ValueError(f"{name!r} has no counterpart in an official UGround checkpoint")
 
 
 def is_ignored(name: str, patterns: Mapping[str, str] = IGNORED) -> bool:

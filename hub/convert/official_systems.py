@@ -86,12 +86,12 @@ def find_system(
             hint = "" if name else "; name another system with --system"
             raise ValueError(
                 f"{source} is no official {system.title} checkpoint, it lacks {required}{hint}; it looks like "
-                f"{looks_like(shapes, tokens)}."
+                f"{looks_like(shapes, tokens)}"
             )
     if not system.has_policy and GATES in shapes:
         raise ValueError(
             f"{source} is no official {system.title} checkpoint, it holds {GATES} of a layer policy; it looks like "
-            "UGround."
+            "UGround"
         )
     return system
 

@@ -47,7 +47,7 @@ def convert_tokenizer(
         ValueError: a token is missing, or there are more or fewer tokens than embeddings.
     """
     if not has_tokenizer(folder):
-        raise FileNotFoundError(f"The tokenizer folder {folder} holds no {SPM_FILE} or {FAST_FILE}.")
+        raise FileNotFoundError(f"the tokenizer folder {folder} holds no {SPM_FILE} or {FAST_FILE}")
     backend = _read_spm(folder) if (folder / SPM_FILE).is_file() else _read_fast(folder)
     missing = [
         token
@@ -56,11 +56,11 @@ def convert_tokenizer(
     ]
     if missing:
         raise ValueError(
-            f"The tokenizer in {folder} lacks {', '.join(missing)}, so it is not that of an official checkpoint."
+            f"the tokenizer in {folder} lacks {', '.join(missing)}, so it is not that of an official checkpoint"
         )
     count = backend.get_vocab_size(with_added_tokens=True)
     if count != num_rows:
-        raise ValueError(f"The tokenizer in {folder} has {count} tokens, but {source} has {num_rows} embeddings.")
+        raise ValueError(f"the tokenizer in {folder} has {count} tokens, but {source} has {num_rows} embeddings")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=max_length,
@@ -94,16 +94,16 @@ def _read_spm(folder: Path) -> Tokenizer:
     try:
         model = import_protobuf().ModelProto()
     except ImportError as error:
-        raise OSError(f"{path} can be read only with the package protobuf, which is not installed.") from error
+        raise OSError(f"{path} can be read only with the package protobuf, which is not installed") from error
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's error has another base class in each of its implementations
-        raise OSError(f"{path} is no sentencepiece model, or it is damaged ({first_line(error)}).") from error
+        raise OSError(f"{path} is no sentencepiece model, or it is damaged ({first_line(error)})") from error
     vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
     names = _special_tokens(folder)
     absent = [token for token in names.values() if token not in vocab]
     if absent:
-        raise ValueError(f"{path} holds no {', '.join(absent)}, so it is no tokenizer of LLaMA.")
+        raise ValueError(f"{path} holds no {', '.join(absent)}, so it is no tokenizer of LLaMA")
     settings = (
         read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     )
@@ -119,8 +119,8 @@ def _read_spm(folder: Path) -> Tokenizer:
         backend.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False)])
         if backend.token_to_id(token) != number:
             raise ValueError(
-                f"The tokenizer in {folder} says that {token} is number {number}, but it would be number "
-                f"{backend.token_to_id(token)}."
+                f"the tokenizer in {folder} says that {token} is number {number}, but it would be number "
+                f"{backend.token_to_id(token)}"
             )
     return backend
 
@@ -146,4 +146,4 @@ def _read_fast(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # tokenizers raises the base class alone
-        raise ValueError(f"{path} is no fast tokenizer ({first_line(error)}).") from error
+        raise ValueError(f"{path} is no fast tokenizer ({first_line(error)})") from error

@@ -40,9 +40,9 @@ def check_output(output: Path) -> None:
     """
     if output.is_dir():
         if any(output.iterdir()):
-            raise FileExistsError(f"The output folder {output} exists and is not empty.")
+            raise FileExistsError(f"the output folder {output} exists and is not empty")
     elif output.exists():
-        raise FileExistsError(f"The output {output} is a file, expected a new or empty folder.")
+        raise FileExistsError(f"the output {output} is a file, expected a new or empty folder")
 
 
 @contextmanager
@@ -64,8 +64,8 @@ def new_folder(output: str | os.PathLike, num_bytes: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes + SMALL_FILES_BYTES:
             raise OSError(
-                f"There is not enough room for {output}: {(num_bytes + SMALL_FILES_BYTES) / 1e9:.1f} GB are needed, "
-                f"{free / 1e9:.1f} GB are free."
+                f"there is not enough room for {output}: {(num_bytes + SMALL_FILES_BYTES) / 1e9:.1f} GB are needed, "
+                f"{free / 1e9:.1f} GB are free"
             )
         partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
         partial.mkdir()
@@ -142,7 +142,7 @@ class ShardWriter:
         try:
             save_file(self._held, path, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
-            raise OSError(f"{path} cannot be written ({first_line(error)}).") from error
+            raise OSError(f"{path} cannot be written ({first_line(error)})") from error
         give_usual_mode(path)
         self._written.append(list(self._held))
         self._held, self._held_bytes = {}, 0

@@ -80,7 +80,7 @@ def read_sam_config(folder: Path) -> PreTrainedConfig:
     kind = content.get("model_type")
     if kind not in CONFIGS:
         raise ValueError(
-            f"The SAM {folder} must be of type {', '.join(CONFIGS)}, got {kind}{REFUSED_SAMS.get(kind, '')}."
+            f"the SAM {folder} must be of type {', '.join(CONFIGS)}, got {kind}{REFUSED_SAMS.get(kind, '')}"
         )
     config_class = CONFIGS[kind]
     with names_config(folder / "config.json"):
@@ -131,8 +131,8 @@ def sam_frames(config: PreTrainedConfig, side: int, folder: Path | None = None) 
     found = from_sam2_settings(settings, f"image processor in {folder}")
     if found.size["height"] != side:
         raise ValueError(
-            f"The image processor in {folder} must make the frame of {side} pixels that its config.json says, got "
-            f"{found.size['height']}."
+            f"the image processor in {folder} must make the frame of {side} pixels that its config.json says, got "
+            f"{found.size['height']}"
         )
     return found
 
@@ -162,6 +162,6 @@ def refuse_metas_sam2(path: Path) -> None:
     tensors = content.get("model", content) if isinstance(content, dict) else {}
     if isinstance(tensors, dict) and any(str(name).startswith(META_SAM2_NAMES) for name in tensors):
         raise ValueError(
-            f"The SAM checkpoint {path} is one of Meta's SAM 2, expected its folder in the layout of transformers as "
-            f"in facebook/sam2.1-hiera-large."
+            f"the SAM checkpoint {path} is one of Meta's SAM 2, expected its folder in the layout of transformers as "
+            f"in facebook/sam2.1-hiera-large"
         )

@@ -128,7 +128,7 @@ def rename_original_sam_key(key: str, iou_head_depth: int = 3) -> tuple[str, ...
     head = _look_up(key, _iou_head_names(iou_head_depth), {})
     name = head if head is not None else _look_up(key, _MODULES, _PARAMETERS)
     if name is None:
-        raise ValueError(f"{key!r} is no key of an original SAM checkpoint.")
+        raise ValueError(f"{key!r} is no key of an original SAM checkpoint")
     return (name,)
 
 
@@ -144,7 +144,7 @@ def rename_sam_key(name: str, iou_head_depth: int = 3) -> str:
     head = _look_up(name, head_back, {})
     key = head if head is not None else _look_up(name, _MODULES_BACK, _PARAMETERS_BACK)
     if key is None:
-        raise ValueError(f"{name!r} is no name of a transformers SamModel.")
+        raise ValueError(f"{name!r} is no name of a transformers SamModel")
     return key
 
 
@@ -152,7 +152,7 @@ def _shape(state_dict: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     if key not in state_dict:
         foreign = any(name.startswith("vision_encoder.") for name in state_dict)
         hint = "; its names are those of transformers, so SamModel.from_pretrained reads it" if foreign else ""
-        raise ValueError(f"The weights are no original SAM checkpoint, {key} is missing{hint}.")
+        raise ValueError(f"the weights are no original SAM checkpoint, {key} is missing{hint}")
     return tuple(state_dict[key].shape)
 
 
@@ -173,10 +173,10 @@ def _vision_sizes(state_dict: Mapping[str, Tensor]) -> dict:
     spans = [(length + 1) // 2 for length, _ in tables]
     windows = {span for span in spans if span != grid}
     if len(windows) > 1:
-        raise ValueError(f"The weights mix attention windows of {sorted(windows)} tokens, expected one size.")
+        raise ValueError(f"the weights mix attention windows of {sorted(windows)} tokens, expected one size")
     head_width = tables[0][1]
     if width % head_width:
-        raise ValueError(f"Heads of width {head_width} do not divide the encoder width {width} of these SAM weights.")
+        raise ValueError(f"heads of width {head_width} do not divide the encoder width {width} of these SAM weights")
     mlp_width = _shape(state_dict, "image_encoder.blocks.0.mlp.lin1.weight")[0]
     return {
         "hidden_size": width,
@@ -203,7 +203,7 @@ def _decoder_sizes(state_dict: Mapping[str, Tensor], heads: int) -> dict:
     _shape(state_dict, f"{_IOU_HEAD}.layers.1.weight")  # one layer alone would be first and last at once
     inner = _shape(state_dict, f"{layer}.cross_attn_token_to_image.q_proj.weight")[0]
     if inner % heads:
-        raise ValueError(f"The mask decoder attends with width {inner}, which {heads} heads do not divide.")
+        raise ValueError(f"the mask decoder attends with width {inner}, which {heads} heads do not divide")
     return {
         "hidden_size": width,
         "mlp_dim": _shape(state_dict, f"{layer}.mlp.lin1.weight")[0],
@@ -261,7 +261,7 @@ def _check_complete(state_dict: Mapping[str, Tensor]) -> int:
     if misshapen:
         problems.append(f"wrong shape of {name_some(misshapen)}")
     if problems:
-        raise ValueError(f"The weights do not make up an original SAM: {'; '.join(problems)}.")
+        raise ValueError(f"the weights do not make up an original SAM: {'; '.join(problems)}")
     return depth
 
 
@@ -285,7 +285,7 @@ def sam_to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     encodings = [state_dict[name] for name in _POSITION_NAMES if name in state_dict]
     if len(encodings) == 2 and not torch.equal(*encodings):
-        raise ValueError(f"{_POSITION_NAMES[0]} and {_POSITION_NAMES[1]} differ, but original SAM has one for both.")
+        raise ValueError(f"{_POSITION_NAMES[0]} and {_POSITION_NAMES[1]} differ, but original SAM has one for both")
     depth = _count(state_dict, f"{_IOU_HEAD}.layers", default=0) + 2
     original = {rename_sam_key(name, depth): tensor for name, tensor in state_dict.items()}
     _check_complete(original)

@@ -38,7 +38,7 @@ class Part:
     The part of a model that comes from one checkpoint.
 
     Attributes:
-        title: what to call the checkpoint at the beginning of a sentence.
+        title: what to call the checkpoint in a sentence.
         weights: its files.
         rename: name in the files to the name used in `targets`; `None` for what is known to be of no use.
         targets: of every tensor that is needed.
@@ -74,7 +74,7 @@ class Part:
         if misshapen:
             problems.append(f"wrong shape of {name_some(misshapen)}")
         if problems:
-            raise ValueError(f"{self.title} does not make up a UGround: {'; '.join(problems)}.")
+            raise ValueError(f"{self.title} does not make up a UGround: {'; '.join(problems)}")
 
     def write(self, writer: ShardWriter, dtype: torch.dtype, progress: tqdm) -> None:
         """Stream the tensors to a writer, file by file, so that only one file is mapped at a time."""

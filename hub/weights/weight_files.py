@@ -58,7 +58,7 @@ class TensorFile(Mapping):
         self.path = os.fspath(path)
         self.kind = kind
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{kind} {self.path} is not a file.")
+            raise FileNotFoundError(f"{kind} {self.path} is not a file")
         self._content = self._open_safetensors() if self.path.endswith(".safetensors") else self._open_pickle()
 
     def _open_safetensors(self):
@@ -76,16 +76,16 @@ class TensorFile(Mapping):
         except pickle.UnpicklingError as error:
             forbidden = re.search(r"GLOBAL (\S+)", str(error))
             if forbidden is None:
-                raise OSError(f"{self.kind} {self.path} is no file of torch tensors, or it is damaged.") from error
+                raise OSError(f"{self.kind} {self.path} is no file of torch tensors, or it is damaged") from error
             held = f"holds more than tensors ({forbidden[1]})"
-            raise ValueError(f"{self.kind} {self.path} {held} and is not read.") from error
+            raise ValueError(f"{self.kind} {self.path} {held} and is not read") from error
         except Exception as error:  # the readers raise whatever damaged bytes lead them to
             raise self._damaged(error) from error
         if not isinstance(content, dict):
-            raise ValueError(f"{self.kind} {self.path} holds a {type(content).__name__}, expected tensors by name.")
+            raise ValueError(f"{self.kind} {self.path} holds a {type(content).__name__}, expected tensors by name")
         others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
         if others:
-            raise ValueError(f"{self.kind} {self.path} holds more than tensors by name: {name_some(others)}.")
+            raise ValueError(f"{self.kind} {self.path} holds more than tensors by name: {name_some(others)}")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in content.items()}
         return content
 
@@ -144,27 +144,27 @@ class WeightFiles:
             self.files = [folder / name for name in sorted(set(weight_map.values()))]
             absent = [file.name for file in self.files if not file.is_file()]
             if absent:
-                raise FileNotFoundError(f"{index} names {name_some(absent)}, which the folder does not hold.")
+                raise FileNotFoundError(f"{index} names {name_some(absent)}, which the folder does not hold")
         elif folder.is_dir():
             self.files = [folder / name for name in SINGLE_FILES if (folder / name).is_file()][:1]
         else:
             self.files = [folder]
         if not self.files:
             expected = " or ".join((*INDEX_FILES, *SINGLE_FILES))
-            raise FileNotFoundError(f"The folder {folder} holds no weights, expected {expected}.")
+            raise FileNotFoundError(f"the folder {folder} holds no weights, expected {expected}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, Path] = {}
         for file in self.files:
             self._scan(file)
         for name, file in weight_map.items():
             if self._places.get(name) != folder / file:
-                raise ValueError(f"{index} says that {name} stands in {file}, but it does not.")
+                raise ValueError(f"{index} says that {name} stands in {file}, but it does not")
 
     def _scan(self, file: Path) -> None:
         with TensorFile(file, self.kind) as tensors:
             for name, shape in tensors.shapes.items():
                 if name in self.shapes:
-                    raise ValueError(f"{name} stands in both {self._places[name]} and {file.name}.")
+                    raise ValueError(f"{name} stands in both {self._places[name]} and {file.name}")
                 self.shapes[name] = shape
                 self._places[name] = file
 
@@ -196,16 +196,16 @@ def resolve_folder(source: str | os.PathLike, kind: str, weights: bool = True) -
     if path.is_dir():
         return path
     if path.exists():
-        raise NotADirectoryError(f"The {kind} {source} is a file, expected a folder or a Hub id.")
+        raise NotADirectoryError(f"the {kind} {source} is a file, expected a folder or a Hub id")
     try:
         wanted = [*SMALL_FILES, "*.safetensors"] if weights else [*SMALL_FILES]
         folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(source), allow_patterns=[*SMALL_FILES, "pytorch_model*.bin"]))
     except HFValidationError as error:
-        raise FileNotFoundError(f"The {kind} {source} is neither a folder nor a Hub id.") from error
+        raise FileNotFoundError(f"the {kind} {source} is neither a folder nor a Hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OSError(
-            f"The {kind} {source} is no folder, and it could not be fetched from the Hub ({first_line(error)})."
+            f"the {kind} {source} is no folder, and it could not be fetched from the Hub ({first_line(error)})"
         ) from error
     return folder
