@@ -313,8 +313,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.min_area < 0:
-        raise ValueError(f"--min-area must be at least 0, got {args.min_area}")
+    for name in ("min_area", "max_kept_prefixes"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
     if args.overlays is not None and Path(args.overlays).absolute() == Path(args.output).absolute():
         raise ValueError(f"--overlays must name another folder than --output, got {args.overlays} for both")
     for name in ("output", "overlays"):
@@ -400,6 +402,7 @@ def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
         task="referring-segmentation",
         max_new_tokens=args.max_new_tokens,
         max_rows=args.max_rows,
+        max_kept_prefixes=args.max_kept_prefixes,
         layer_selection=selection,
         threshold=args.threshold,
         **({} if args.reject_threshold is None else {"reject_threshold": args.reject_threshold}),
@@ -424,6 +427,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-column", default="image", help="column of a dataset that holds the images")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, help="most queries at a time (default: the model's)")
+    parser.add_argument(
+        "--max-kept-prefixes", type=int, help="keep the states of so many images at all layers; 0 takes least memory"
+    )
     parser.add_argument("--shard-size", type=int, default=256, help="images per file (default: %(default)s)")
     parser.add_argument("--prefetch", type=int, default=16, help="images prepared ahead (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")

@@ -463,6 +463,7 @@ BAD = {
     "shard": (["--shard-size", "-1"], {}, "--shard-size must be at least 1, got -1"),
     "prefetch": (["--prefetch", "0"], {}, "--prefetch must be at least 1, got 0"),
     "rows": (["--max-rows", "0"], {}, "--max-rows must be at least 1, got 0"),
+    "kept": (["--max-kept-prefixes", "-1"], {}, "--max-kept-prefixes must be at least 0, got -1"),
     "tokens": (["--max-new-tokens", "0"], {}, "--max-new-tokens must be at least 1, got 0"),
     "score": (["--threshold", "3"], {}, r"--threshold must lie in 0\.\.1, got 3.0"),
     "no score": (["--threshold", "nan"], {}, r"--threshold must lie in 0\.\.1, got nan"),
