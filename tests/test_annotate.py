@@ -449,6 +449,19 @@ def test_formats_and_overlays_and_least_areas(folder, pipe):
         annotate.annotate(arguments(folder, "--format", "coco"), lambda _: pipe)
 
 
+def test_images_of_one_name_stay_two_in_coco(folder, pipe):
+    files = ["images/2.jpg", "images/deeper/3.png"]
+    (folder / "list.jsonl").write_text("\n".join(json.dumps({"id": "same", "image": file}) for file in files))
+    annotate.annotate(arguments(folder, "--format", "coco", input="list.jsonl"), lambda _: pipe)
+    (file,) = (folder / "out").glob("part-*.json")
+    content = json.loads(file.read_text())
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    assert list(sizes.values()) == [[50, 30], [24, 40]]
+    assert {image["file_name"] for image in content["images"]} == {"same"}
+    assert {one["image_id"] for one in content["annotations"]} == set(sizes)
+    assert all(one["segmentation"]["size"] == sizes[one["image_id"]] for one in content["annotations"])
+
+
 def test_images_are_prepared_a_few_ahead_and_in_order():
     started, taken = [], []
     for number in annotate.prefetch(range(20), lambda number: started.append(number) or number, 4):
