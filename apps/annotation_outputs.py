@@ -143,6 +143,13 @@ class OutputFolder:
         """File of a shard."""
         return self.path / f"part-{name}{self.format.ending}"
 
+    def has(self, name: str) -> bool:
+        """Whether a shard is there, with its overlays if there are to be some."""
+        return self.shard(name).is_file() and (self.overlays is None or self._pictures(name).is_dir())
+
+    def _pictures(self, name: str) -> Path:
+        return self.overlays / f"part-{name}"
+
     def begin_pictures(self) -> Path | None:
         """A new folder for the overlays of a shard, unless there are to be none."""
         if self.overlays is None:
@@ -154,7 +161,7 @@ class OutputFolder:
     def finish(self, name: str, rows: list[dict], pictures: Path | None) -> None:
         """Put the overlays of a shard, and then its file, into their places."""
         if pictures is not None:
-            place = self.overlays / f"part-{name}"
+            place = self._pictures(name)
             shutil.rmtree(place, ignore_errors=True)
             pictures.replace(place)
         partial = self.path / f".{uuid.uuid4().hex}.partial"
