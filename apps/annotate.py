@@ -259,7 +259,7 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
         check_settings(folder, _settings(args) | {"images_and_queries": asked})
         output.clear()
     state.wait_for_everyone()
-    missing = [shard for shard in range(len(shards)) if not output.shard(shard_name(shard)).is_file()]
+    missing = [shard for shard in range(len(shards)) if not output.has(shard_name(shard))]
     # Nobody may write before everybody has looked: all must see the same shards missing.
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
@@ -290,7 +290,7 @@ def annotate_stream(
     annotator, done = None, 0
     with tqdm(unit="image", disable=not state.is_local_main_process) as progress:
         names = (f"{state.process_index:05d}-{number:08d}" for number in count())
-        while output.shard(name := next(names)).is_file():
+        while output.has(name := next(names)):
             done += 1
         for source in read_chunks(stream, args.shard_size, done):
             chunk = [queries.of(image) for image in source.ids]
@@ -322,10 +322,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("output", "overlays"):
         if getattr(args, name) is not None and Path(getattr(args, name)).is_file():
             raise NotADirectoryError(f"--{name} must name a folder, got the file {getattr(args, name)}")
-    for name in ("threshold", "reject_threshold"):
-        value = getattr(args, name)
+    for name, value in (("min-score", args.threshold), ("reject-threshold", args.reject_threshold)):
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {value}")
+            raise ValueError(f"--{name} must lie in 0..1, got {value}")
     selection = args.layer_selection
     if selection is not None and selection not in LAYER_RULES and not selection.isdecimal():
         raise ValueError(f"--layer-selection must be {', '.join(LAYER_RULES)} or a number, got {selection!r}")
