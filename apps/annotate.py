@@ -259,7 +259,7 @@ def annotate(args: argparse.Namespace, make_pipeline: Callable[[argparse.Namespa
         check_settings(folder, _settings(args) | {"images_and_queries": asked})
         output.clear()
     state.wait_for_everyone()
-    missing = [shard for shard in range(len(shards)) if not output.shard(shard_name(shard)).is_file()]
+    missing = [shard for shard in range(len(shards)) if not output.has(shard_name(shard))]
     # Nobody may write before everybody has looked: all must see the same shards missing.
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
@@ -290,7 +290,7 @@ def annotate_stream(
     annotator, done = None, 0
     with tqdm(unit="image", disable=not state.is_local_main_process) as progress:
         names = (f"{state.process_index:05d}-{number:08d}" for number in count())
-        while output.shard(name := next(names)).is_file():
+        while output.has(name := next(names)):
             done += 1
         for source in read_chunks(stream, args.shard_size, done):
             chunk = [queries.of(image) for image in source.ids]
@@ -313,17 +313,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.min_area < 0:
-        raise ValueError(f"--min-area must be at least 0, got {args.min_area}")
+    for name in ("min_area", "max_kept_prefixes"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
     if args.overlays is not None and Path(args.overlays).absolute() == Path(args.output).absolute():
         raise ValueError(f"--overlays must name another folder than --output, got {args.overlays} for both")
     for name in ("output", "overlays"):
         if getattr(args, name) is not None and Path(getattr(args, name)).is_file():
             raise NotADirectoryError(f"--{name} must name a folder, got the file {getattr(args, name)}")
-    for name in ("threshold", "reject_threshold"):
-        value = getattr(args, name)
+    for name, value in (("min-score", args.threshold), ("reject-threshold", args.reject_threshold)):
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in 0..1, got {value}")
+            raise ValueError(f"--{name} must lie in 0..1, got {value}")
     selection = args.layer_selection
     if selection is not None and selection not in LAYER_RULES and not selection.isdecimal():
         raise ValueError(f"--layer-selection must be {', '.join(LAYER_RULES)} or a number, got {selection!r}")
@@ -400,6 +401,7 @@ def load_pipeline(args: argparse.Namespace) -> ReferringSegmentationPipeline:
         task="referring-segmentation",
         max_new_tokens=args.max_new_tokens,
         max_rows=args.max_rows,
+        max_kept_prefixes=args.max_kept_prefixes,
         layer_selection=selection,
         threshold=args.threshold,
         **({} if args.reject_threshold is None else {"reject_threshold": args.reject_threshold}),
@@ -424,6 +426,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-column", default="image", help="column of a dataset that holds the images")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default: %(default)s)")
     parser.add_argument("--max-rows", type=int, help="most queries at a time (default: the model's)")
+    parser.add_argument(
+        "--max-kept-prefixes", type=int, help="keep the states of so many images at all layers; 0 takes least memory"
+    )
     parser.add_argument("--shard-size", type=int, default=256, help="images per file (default: %(default)s)")
     parser.add_argument("--prefetch", type=int, default=16, help="images prepared ahead (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, help="most tokens of an answer")

@@ -15,6 +15,10 @@ from uground.command_line import one_line
 from uground.processing.image_reading import picture_errors
 from uground.processing.text_lines import read_lines
 
+# What tells the name of a file, or a pattern of them, from a Hub id.
+FILE_ENDINGS = (".parquet", ".jsonl", ".tar", ".png", ".jpg", ".jpeg", ".webp")
+PATTERN_CHARACTERS = "*?["
+
 
 class ImageSource:
     """
@@ -51,9 +55,15 @@ def open_source(path: str, split: str | None = None, image_column: str = "image"
         if not files:
             raise ValueError(f"--input {path} holds no images")
         return ImageSource([file.relative_to(place).as_posix() for file in files], lambda number: str(files[number]))
-    if place.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise FileNotFoundError(f"--input {path} does not exist")
+    refuse_paths(path)
     return _dataset_source(_loaded(load_dataset, path, split=split), path, split, image_column)
+
+
+def refuse_paths(path: str) -> None:
+    """Raise a `FileNotFoundError` unless what is no file here may be a Hub id."""
+    is_path = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if is_path or Path(path).suffix.lower() in FILE_ENDINGS or set(path) & set(PATTERN_CHARACTERS):
+        raise FileNotFoundError(f"--input {path} does not exist")
 
 
 def _loaded(load: Callable, path: str, **settings):
@@ -82,14 +92,18 @@ def _dataset_source(data: Dataset | DatasetDict, name: str, split: str | None, c
     return ImageSource(ids, lambda number: read_entry(data[number][column]))
 
 
-def read_entry(entry: dict | None) -> Any:
+def read_entry(entry: object) -> Any:
     """
     What the pipeline takes as an image, of an undecoded entry of `datasets`.
 
     Raises:
         OSError, ValueError: there is none, or it is broken.
     """
-    if entry is None or (entry["bytes"] is None and entry["path"] is None):
+    if entry is None:
+        raise ValueError("there is no image")
+    if not isinstance(entry, dict) or not {"bytes", "path"} <= set(entry):
+        raise ValueError(f'an image must be a path or {{"bytes": …, "path": …}}, got {entry!r:.100}')
+    if entry["bytes"] is None and entry["path"] is None:
         raise ValueError("there is no image")
     if entry["bytes"] is None:
         return entry["path"]
@@ -150,4 +164,4 @@ def read_query_line(line: str, place: str) -> tuple[str, list[str]]:
     return str(image), queries
 
 
-__all__ = ["ImageSource", "open_source", "read_entry", "read_queries", "read_query_line"]
+__all__ = ["ImageSource", "open_source", "read_entry", "read_queries", "read_query_line", "refuse_paths"]

@@ -54,7 +54,8 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def _write_coco(path: Path, rows: list[dict]) -> None:
     """A COCO file: its categories are the queries of the shard; `rows` has answers, and why there are none."""
-    numbers = {image: number for number, image in enumerate(dict.fromkeys(row["image"] for row in rows), start=1)}
+    # By their numbers: two images may have one name, as members of several tars do.
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(row["number"] for row in rows), start=1)}
     categories = {query: number for number, query in enumerate(dict.fromkeys(row["query"] for row in rows), start=1)}
     annotations = []
     for row in rows:
@@ -63,7 +64,7 @@ def _write_coco(path: Path, rows: list[dict]) -> None:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
-                    "image_id": numbers[row["image"]],
+                    "image_id": numbers[row["number"]],
                     "category_id": categories[row["query"]],
                     "segmentation": segment["mask"],
                     "area": area,
@@ -72,7 +73,7 @@ def _write_coco(path: Path, rows: list[dict]) -> None:
                     "score": segment["score"],
                 }
             )
-    images = [{"id": number, "file_name": image, **_size_of(image, rows)} for image, number in numbers.items()]
+    images = [{"id": number, **_name_and_size(image, rows)} for image, number in numbers.items()]
     content = {
         "images": images,
         "categories": [{"id": number, "name": query} for query, number in categories.items()],
@@ -82,10 +83,11 @@ def _write_coco(path: Path, rows: list[dict]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _size_of(image: str, rows: list[dict]) -> dict:
-    """Width and height of an image; of one that could not be read, nothing."""
-    size = next((row["size"] for row in rows if row["image"] == image and row["size"] is not None), None)
-    return {} if size is None else {"width": size[0], "height": size[1]}
+def _name_and_size(image: int, rows: list[dict]) -> dict:
+    """Name, width and height of the image of a number; of one that could not be read, its name."""
+    own = [row for row in rows if row["number"] == image]
+    size = next((row["size"] for row in own if row["size"] is not None), None)
+    return {"file_name": own[0]["image"], **({} if size is None else {"width": size[0], "height": size[1]})}
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:
@@ -141,6 +143,13 @@ class OutputFolder:
         """File of a shard."""
         return self.path / f"part-{name}{self.format.ending}"
 
+    def has(self, name: str) -> bool:
+        """Whether a shard is there, with its overlays if there are to be some."""
+        return self.shard(name).is_file() and (self.overlays is None or self._pictures(name).is_dir())
+
+    def _pictures(self, name: str) -> Path:
+        return self.overlays / f"part-{name}"
+
     def begin_pictures(self) -> Path | None:
         """A new folder for the overlays of a shard, unless there are to be none."""
         if self.overlays is None:
@@ -152,7 +161,7 @@ class OutputFolder:
     def finish(self, name: str, rows: list[dict], pictures: Path | None) -> None:
         """Put the overlays of a shard, and then its file, into their places."""
         if pictures is not None:
-            place = self.overlays / f"part-{name}"
+            place = self._pictures(name)
             shutil.rmtree(place, ignore_errors=True)
             pictures.replace(place)
         partial = self.path / f".{uuid.uuid4().hex}.partial"

@@ -11,7 +11,7 @@ from datasets import IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from uground.apps.annotation_inputs import ImageSource, read_entry, read_query_line
+from uground.apps.annotation_inputs import ImageSource, read_entry, read_query_line, refuse_paths
 from uground.command_line import one_line
 from uground.processing.text_lines import read_lines
 
@@ -48,7 +48,7 @@ class Stream:
     Attributes:
         data: of `datasets`, images undecoded.
         column: that holds the images.
-        folder: which paths of images are relative to, if they are no part of the data.
+        folder: of the data, which paths of images that are no part of them are relative to; of a Hub id none.
         process: number of the process, for the names of images that have none.
     """
 
@@ -94,8 +94,8 @@ def open_stream(path: str, split: str | None, column: str, process: int, process
     kinds = {Path(file).suffix.lower() for file in files}
     if len(kinds) > 1:
         raise ValueError(f"--input {path} must hold files of one kind, got {', '.join(sorted(kinds))}")
-    if not files and not place.is_dir() and (place.is_absolute() or path.startswith(".") or path.count("/") > 1):
-        raise FileNotFoundError(f"--input {path} does not exist")
+    if not files and not place.is_dir():
+        refuse_paths(path)
     settings = {"streaming": True, "split": split or DEFAULT_SPLIT}
     try:
         if files:
@@ -107,7 +107,8 @@ def open_stream(path: str, split: str | None, column: str, process: int, process
         # Of JSON lines nothing is known before one is read.
         features = data.features or dict.fromkeys(next(iter(data), {}))
     except Exception as error:  # damaged files lead `datasets` to errors of many kinds of its own
-        raise ValueError(f"--input {path} cannot be read as a dataset: {one_line(error)}") from error
+        reason = "it holds nothing" if isinstance(error, StopIteration) else one_line(error)
+        raise ValueError(f"--input {path} cannot be read as a dataset: {reason}") from error
     images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     if column not in features and len(images) == 1:
         column = images[0]
@@ -116,7 +117,8 @@ def open_stream(path: str, split: str | None, column: str, process: int, process
     if column in images:
         data = data.cast_column(column, ImageFeature(decode=False))
     data = split_dataset_by_node(data, process, processes)
-    return Stream(data, column, Path(files[0]).parent if files else None, process)
+    folder = Path(files[0]).parent if files else place.resolve() if place.is_dir() else None
+    return Stream(data, column, folder, process)
 
 
 def read_chunks(stream: Stream, size: int, done: int) -> Iterator[ImageSource]:
@@ -152,7 +154,11 @@ def _name(row: dict, stream: Stream, position: int) -> str:
         if row.get(name) is not None:
             return str(row[name])
     path = entry.get("path") if isinstance(entry, dict) else entry
-    return path if isinstance(path, str) and path else f"{stream.process}:{position}"
+    if not isinstance(path, str) or not path:
+        return f"{stream.process}:{position}"
+    # Images of a folder are called as without a stream.
+    is_below = stream.folder is not None and isinstance(entry, dict) and Path(path).is_relative_to(stream.folder)
+    return Path(path).relative_to(stream.folder).as_posix() if is_below else path
 
 
 def _read(entry, folder: Path | None):

@@ -151,9 +151,9 @@ def assemble(
         save_all_but_weights(folder, model, processor)
         write_weights(folder, parts, new_tensors, dtype, num_bytes)
     print(
-        f"Wrote {output}: {config.num_layers - 1} layers, {len(tokenizer)} tokens, "
+        f"wrote {output}: {config.num_layers - 1} layers, {len(tokenizer)} tokens, "
         f"{str(dtype).removeprefix('torch.')}, {SEGMENT} {config.segment_token_id}, "
-        f"{REJECT} {config.reject_token_id}; it is to be trained."
+        f"{REJECT} {config.reject_token_id}; it is to be trained"
     )
 
 

@@ -273,21 +273,21 @@ def _token_ids(opened: Source, tokenizer, *given: int | None) -> tuple[int | Non
 def _report(opened: Source, output: Path, config: UGroundConfig, dtype: torch.dtype, processor, points) -> None:
     layers = config.num_layers - 1
     print(
-        f"Wrote {output}: {layers} layers, {opened.num_rows} tokens and <image>, {str(dtype).removeprefix('torch.')}, "
+        f"wrote {output}: {layers} layers, {opened.num_rows} tokens and <image>, {str(dtype).removeprefix('torch.')}, "
         f"{SEGMENT} {config.segment_token_id}, {REJECT} {config.reject_token_id}, layer selection "
-        f"{config.layer_selection!r}."
+        f"{config.layer_selection!r}"
     )
     if "points" in config.prompts:
         said = "" if points.is_whole else f", where not said as READ's code has it for {layers} layers"
         print(
-            f"It picks {config.num_points} points of cells of {config.point_downsample} x {config.point_downsample} "
+            f"it picks {config.num_points} points of cells of {config.point_downsample} x {config.point_downsample} "
             f"image tokens, positive from {config.point_thresholds[0]} and negative up to "
-            f"{config.point_thresholds[1]}{said}."
+            f"{config.point_thresholds[1]}{said}"
         )
     if processor is None:
-        print("It has no processor, because no tokenizer was found; pass --tokenizer for one.")
+        print("it has no processor, because no tokenizer was found; pass --tokenizer for one")
     if config.segment_token_id is None:
-        print(f"It does not know its {SEGMENT} token; pass --tokenizer or --segment-token-id.")
+        print(f"it does not know its {SEGMENT} token; pass --tokenizer or --segment-token-id")
 
 
 def build_parser() -> argparse.ArgumentParser:

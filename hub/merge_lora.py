@@ -55,7 +55,7 @@ def merge_lora(adapter: str, base: str, output: str, dtype: torch.dtype | None =
         _write_weights(folder, model)
         if (adapter_folder / RECIPE_FILE).is_file():
             shutil.copy(adapter_folder / RECIPE_FILE, folder / RECIPE_FILE)
-    print(f"Wrote {output}: {base} with {adapter} merged into it.")
+    print(f"wrote {output}: {base} with {adapter} merged into it")
 
 
 def apply_adapter(model: UGroundForReferringSegmentation, adapter: Path) -> UGroundForReferringSegmentation:

@@ -130,8 +130,8 @@ class SegmentGenerationMixin(GenerationMixin):
             max_rows (`int`, *optional*): so many rows are written and decoded at a time, 64 by default. Fewer take
             less memory.
             max_kept_prefixes (`int`, *optional*): where a policy picks the layers, the states of image tokens are kept
-            at all of them if the rows written at a time begin in at most so many ways, 4 by default. Of more, what was
-            picked is read again, which takes up to one more reading of the prompts and far less memory.
+            at all of them if the rows written at a time begin in at most so many ways, 16 by default. Of more, what
+            was picked is read again, which takes up to one more reading of the prompts and far less memory.
             prefix (*optional*): of [`read_prefix`], for rows that begin with what was read there.
             generate_kwargs: `generation_config`, `max_new_tokens`, `do_sample` and whatever else `generate` takes, but
             for beams, several sequences per query, assisted generation and a switched-off cache. Where neither these

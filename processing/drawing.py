@@ -1,11 +1,14 @@
 """Pictures for people: what was found in an image, and the maps it came from. PIL only."""
 
 import colorsys
+from bisect import bisect
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from .argument_checks import check_whole
 
 # Shorter panels are enlarged, so that small images and their labels can be read.
 MIN_PANEL_SIDE = 384
@@ -43,7 +46,7 @@ def draw_overlay(image: Image.Image, segments: list[dict], min_side: int = MIN_P
         An RGB picture.
 
     Raises:
-        ValueError: a mask does not have the size of the image.
+        ValueError: a mask does not have the size of the image, or `min_side` is no number of pixels.
     """
     size = _panel_size(image.size, min_side)
     panel = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -96,7 +99,7 @@ def draw_map(
     size = _panel_size(image.size, min_side)
     values = np.asarray(values, dtype=np.float32)
     low, high = (float(values.min()), float(values.max())) if bounds is None else bounds
-    heat = Image.fromarray(_heat((values - low) / (high - low) if high > low else np.zeros_like(values)))
+    cells = Image.fromarray((values - low) / (high - low) if high > low else np.zeros_like(values))
     panel = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
     x0, y0, x1, y1 = (0, 0, *image.size) if box is None else box
     across, down = size[0] / image.width, size[1] / image.height
@@ -105,11 +108,12 @@ def draw_map(
     inside = left, top, right, bottom
     if inside[0] < inside[2] and inside[1] < inside[3]:
         # Cells of the map by the pixels of the panel: from where on it begins, and how large they are there.
-        cells = (heat.width / (place[2] - place[0]), heat.height / (place[3] - place[1]))
-        source = tuple((inside[side] - place[side % 2]) * cells[side % 2] for side in range(4))
+        scale = (cells.width / (place[2] - place[0]), cells.height / (place[3] - place[1]))
+        source = tuple((inside[side] - place[side % 2]) * scale[side % 2] for side in range(4))
         covered = (inside[2] - inside[0], inside[3] - inside[1])
-        source = (max(0.0, source[0]), max(0.0, source[1]), min(heat.width, source[2]), min(heat.height, source[3]))
-        heat = heat.resize(covered, Image.Resampling.NEAREST, box=source)
+        source = (max(0.0, source[0]), max(0.0, source[1]), min(cells.width, source[2]), min(cells.height, source[3]))
+        # Values before colours: a map as large as a photograph has many more of them than the panel has pixels.
+        heat = Image.fromarray(_heat(np.asarray(cells.resize(covered, Image.Resampling.NEAREST, box=source))))
         panel.paste(Image.blend(panel.crop(inside), heat, HEAT_COVER), inside)
     return _stack([panel, _color_bar(panel.width, low, high, _enlargement(size))], axis=1, gap=0)
 
@@ -187,6 +191,7 @@ def _remarks(result: Mapping) -> list[str]:
 
 
 def _panel_size(size: tuple[int, int], min_side: int) -> tuple[int, int]:
+    check_whole("min_side", min_side)
     scale = min(max(1.0, min_side / min(size)), max(MAX_PANEL_SIDE, min_side) / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -267,9 +272,8 @@ def _readable_on(color) -> str:
 def _shorten(text: str, font, width: float) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    lengths = range(1, len(text))
+    return text[: bisect(lengths, width, key=lambda length: font.getlength(text[:length] + "…"))] + "…"
 
 
 def _wrap(text: str, font, width: float) -> list[str]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from .image_processors import frame_of
+
 # Stands for a query or an answer when a template is rendered to see what surrounds them; no template holds it.
 PLACEHOLDER = "zqxjk"
 EARLIER_FRAME = "letterbox"
@@ -64,11 +66,16 @@ def check_image_frame(config: PreTrainedConfig, processor: ProcessorMixin) -> No
     """Raise a `ValueError` unless a processor shows images as the model of a config was trained to see them."""
     # Code of release 0.1.0 knew one frame and did not name it.
     said, made = (getattr(owner, "image_frame", EARLIER_FRAME) for owner in (config, processor))
-    if said != made:
-        raise ValueError(
-            f"model and processor do not belong together: for image_frame the config says {said!r}, and the "
-            f"processor makes a {made!r}"
-        )
+    frames = [("image_frame", said, made)]
+    # There may be no mask head; then nobody sees what the processor makes for it.
+    if (head := getattr(config, "head_frame", None)) is not None:
+        frames.append(("the mask head", head.kind, frame_of(processor.sam_image_processor)[0]))
+    for name, said, made in frames:
+        if said != made:
+            raise ValueError(
+                f"model and processor do not belong together: for {name} the config says {said!r}, and the "
+                f"processor makes a {made!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -449,6 +449,52 @@ def test_formats_and_overlays_and_least_areas(folder, pipe):
         annotate.annotate(arguments(folder, "--format", "coco"), lambda _: pipe)
 
 
+def test_a_folder_is_called_the_same_as_a_stream(folder, pipe):
+    (folder / "images" / "notes.txt").unlink()
+    (folder / "asked.jsonl").write_text(json.dumps({"image": "deeper/3.png", "query": "a boat"}))
+    for name, more in (("out", ()), ("streamed", ("--stream",))):
+        annotate.annotate(arguments(folder, *more, output=name, queries="asked.jsonl"), lambda _: pipe)
+        assert [key(row) for row in rows_of(folder, name)] == [("deeper/3.png", 0)]
+
+
+def test_overlays_asked_for_later_are_drawn(folder, pipe):
+    annotate.annotate(arguments(folder), lambda _: pipe)
+    rows = rows_of(folder)
+    annotate.annotate(arguments(folder, "--overlays", folder / "drawn"), lambda _: pipe)
+    assert len(list((folder / "drawn").rglob("*.png"))) == len(rows) == len(rows_of(folder))
+    annotate.annotate(arguments(folder, "--overlays", folder / "drawn"), lambda _: pytest.fail("loaded for nothing"))
+
+
+@pytest.mark.parametrize("entry", [5, {"x": 5}])
+def test_entries_that_are_no_image_are_told(folder, pipe, entry):
+    (folder / "list.jsonl").write_text(json.dumps({"image": entry}))
+    annotate.annotate(arguments(folder, input="list.jsonl"), lambda _: pipe)
+    expected = f'an image must be a path or {{"bytes": …, "path": …}}, got {entry}'
+    assert [row["error"] for row in rows_of(folder)] == [expected] * len(QUERIES)
+
+
+@pytest.mark.parametrize("given", ["none.parquet", "none-*.tar", "~/none", "none.jpg"])
+@pytest.mark.parametrize("more", [(), ("--stream",)])
+def test_files_that_are_missing_are_not_looked_for_on_the_hub(folder, given, more, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = ["--input", given, "--queries", "queries.txt", "--output", "out", *more]
+    with pytest.raises(FileNotFoundError, match=r"^--input \S+ does not exist$"):
+        annotate.annotate(annotate.build_parser().parse_args(words), lambda _: pytest.fail("loaded for nothing"))
+
+
+def test_images_of_one_name_stay_two_in_coco(folder, pipe):
+    files = ["images/2.jpg", "images/deeper/3.png"]
+    (folder / "list.jsonl").write_text("\n".join(json.dumps({"id": "same", "image": file}) for file in files))
+    annotate.annotate(arguments(folder, "--format", "coco", input="list.jsonl"), lambda _: pipe)
+    (file,) = (folder / "out").glob("part-*.json")
+    content = json.loads(file.read_text())
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    assert list(sizes.values()) == [[50, 30], [24, 40]]
+    assert {image["file_name"] for image in content["images"]} == {"same"}
+    assert {one["image_id"] for one in content["annotations"]} == set(sizes)
+    assert all(one["segmentation"]["size"] == sizes[one["image_id"]] for one in content["annotations"])
+
+
 def test_images_are_prepared_a_few_ahead_and_in_order():
     started, taken = [], []
     for number in annotate.prefetch(range(20), lambda number: started.append(number) or number, 4):
@@ -463,9 +509,10 @@ BAD = {
     "shard": (["--shard-size", "-1"], {}, "--shard-size must be at least 1, got -1"),
     "prefetch": (["--prefetch", "0"], {}, "--prefetch must be at least 1, got 0"),
     "rows": (["--max-rows", "0"], {}, "--max-rows must be at least 1, got 0"),
+    "kept": (["--max-kept-prefixes", "-1"], {}, "--max-kept-prefixes must be at least 0, got -1"),
     "tokens": (["--max-new-tokens", "0"], {}, "--max-new-tokens must be at least 1, got 0"),
-    "score": (["--threshold", "3"], {}, r"--threshold must lie in 0\.\.1, got 3.0"),
-    "no score": (["--threshold", "nan"], {}, r"--threshold must lie in 0\.\.1, got nan"),
+    "score": (["--threshold", "3"], {}, r"--min-score must lie in 0\.\.1, got 3.0"),
+    "no score": (["--threshold", "nan"], {}, r"--min-score must lie in 0\.\.1, got nan"),
     "peak": (["--reject-threshold", "-1"], {}, r"--reject-threshold must lie in 0\.\.1, got -1.0"),
     "layer": (
         ["--layer-selection", "best"],

@@ -102,8 +102,8 @@ def test_a_layer_can_be_named(tmp_path):
 def test_without_a_tokenizer_the_model_says_what_it_lacks(tmp_path, capsys):
     assert convert(OFFICIAL, CLIP, tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "It has no processor, because no tokenizer was found" in said
-    assert "It does not know its [SEG] token; pass --tokenizer or --segment-token-id" in said
+    assert "it has no processor, because no tokenizer was found" in said
+    assert "it does not know its [SEG] token; pass --tokenizer or --segment-token-id" in said
     assert not (tmp_path / "out/processor_config.json").exists()
     model = UGroundForReferringSegmentation.from_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="segment_token_id is not set"):

@@ -118,7 +118,7 @@ def test_the_processor_shows_the_centre_crop(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "lacks ppm._layer_gate_W_similarity; name another system with --system; it looks like READ or SESAME."),
+        ((), "lacks ppm._layer_gate_W_similarity; name another system with --system; it looks like READ or SESAME"),
         (("--system", "uground"), "no official UGround checkpoint, it lacks ppm._layer_gate_W_similarity; it looks"),
         (("--system", "lisa"), "no official LISA checkpoint, it lacks model.mm_projector.weight; it looks like READ"),
         (("--system", "read"), "follows from 32 or 40 layers, got 4: name --num-points"),

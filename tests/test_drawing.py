@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from uground.processing import GroundingResult
-from uground.processing.drawing import HEAT, draw_map, draw_overlay, draw_result, draw_similarity, segment_color
+from uground.processing import GroundingResult, drawing
+from uground.processing.drawing import (
+    HEAT,
+    HEAT_COVER,
+    draw_map,
+    draw_overlay,
+    draw_result,
+    draw_similarity,
+    segment_color,
+)
 
 
 def segment(size, box, label="the cup", **fields):
@@ -65,6 +73,12 @@ def test_small_images_are_enlarged_and_large_ones_made_smaller():
     assert drawn.width == 4 * 1024 + 3 * 8 and drawn.height < 3 * 1024
 
 
+@pytest.mark.parametrize("min_side", [0, -5, 3.5, "large"])
+def test_a_side_is_a_number_of_pixels(min_side):
+    with pytest.raises(ValueError, match=r"^min_side must be .*, got "):
+        draw_overlay(Image.new("RGB", (9, 9)), [], min_side)
+
+
 def test_label_has_a_background_of_its_colour_inside_of_the_picture():
     image = Image.new("L", (384, 384), 0)
     segments = [segment(image.size, (380, 0, 384, 4), "a very long label " * 10)]
@@ -86,6 +100,18 @@ def test_similarity_is_brightest_where_it_is_highest():
     assert drawn[300, 300].sum() > drawn[100, 300].sum() > drawn[100, 100].sum()
     constant = np.asarray(draw_similarity(image, np.full((2, 2), 7.0)))[:400]
     assert (constant == constant[0, 0]).all()
+
+
+def test_a_map_as_large_as_a_photograph_is_coloured_where_it_is_drawn(monkeypatch):
+    """And not at its 24 million pixels, of which a picture with several maps took minutes."""
+    coloured, heat, image = [], drawing._heat, Image.new("RGB", (6000, 4000))
+    monkeypatch.setattr(drawing, "_heat", lambda values: coloured.append(values.size) or heat(values))
+    values = np.zeros((4000, 6000), dtype=np.float32)
+    values[:, 3000:] = 0.25
+    drawn = np.asarray(draw_map(image, values, bounds=(0.0, 0.25)))
+    assert sum(coloured) <= drawn.shape[0] * drawn.shape[1]
+    for column, colour in ((100, HEAT[0]), (900, HEAT[-1])):
+        assert np.abs(drawn[300, column] - HEAT_COVER * colour).max() <= 1
 
 
 def test_the_bar_goes_from_the_least_to_the_greatest_value():
@@ -153,6 +179,14 @@ def test_long_queries_are_wrapped_and_not_cut(monkeypatch):
     result = GroundingResult("no", [], query=" ".join(words))
     texts = written(monkeypatch, lambda: draw_result(image, result))
     assert " ".join(texts[:-1]).split() == words and len(texts) > 3
+
+
+@pytest.mark.parametrize("width", [0, 20, 55, 100, 10_000])
+def test_a_shortened_text_is_the_longest_that_fits(width):
+    font, text = ImageFont.load_default(15), "a word that is long " * 20
+    fitting = [n for n in range(len(text)) if font.getlength(text[:n] + "…") <= width]
+    expected = text if font.getlength(text) <= width else text[: max(fitting, default=0)] + "…"
+    assert drawing._shorten(text, font, width) == expected
 
 
 def test_mask_of_another_size_is_refused():

@@ -13,6 +13,7 @@ from tiny_processor import tiny_processor, tiny_tokenizer
 from tiny_training import dataset, example, training_config
 from transformers import AutoProcessor, Sam2Model, Sam2VideoConfig, Sam2VideoModel
 
+from uground.checkpoint_loading import check_pair
 from uground.modeling_uground import UGroundConfig, UGroundForReferringSegmentation
 from uground.modeling_uground.image_frames import ImageFrame
 from uground.processing import UGroundProcessor, make_image_processor, sam2_image_processor
@@ -191,6 +192,23 @@ def test_configs_that_do_not_fit_are_told_in_a_sentence():
 def processor_for(config) -> UGroundProcessor:
     frame = sam2_image_processor(config.frame_size)
     return UGroundProcessor(make_image_processor("letterbox", 32), frame, tiny_tokenizer(), patch_size=8)
+
+
+def test_a_frame_of_another_head_is_refused():
+    """Of the same side, so that nothing else would tell, and every mask would lie elsewhere."""
+    model, other = tiny_model(sam_config=tiny_sam2_config()), tiny_model()
+    own, letterbox = processor_for(model.config), tiny_processor()
+    for one, processor, said, made in (
+        (model, letterbox, "stretch", "letterbox"),
+        (other, own, "letterbox", "stretch"),
+    ):
+        sentence = f"for the mask head the config says '{said}', and the processor makes a '{made}'$"
+        with pytest.raises(ValueError, match=sentence):
+            ReferringSegmentationPipeline(model=one, processor=processor)
+        with pytest.raises(ValueError, match=sentence):
+            one.image_session(Image.new("RGB", (40, 90)), processor)
+        with pytest.raises(ValueError, match=sentence):
+            check_pair(one.config, processor, "here")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -206,6 +206,7 @@ def test_unknown_arguments_are_refused(pipe):
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number of at least 1, got 2.0"),
         ({"max_rows": -1}, "max_rows must be a whole number of at least 1, got -1"),
+        ({"max_kept_prefixes": -1}, "max_kept_prefixes must be a whole number of at least 0, got -1"),
         ({"num_layer_samples": 1.5}, "num_layer_samples must be a whole number of at least 1, got 1.5"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"batch_size": "2"}, "batch_size must be a whole number of at least 1, got '2'"),
@@ -221,6 +222,19 @@ def test_arguments_of_no_sense_are_refused_when_made_and_when_asked(pipe, given,
         ReferringSegmentationPipeline(model=pipe.model, processor=pipe.processor, device=-1, **given)
     with pytest.raises(ValueError, match=message):
         pipe([{"image": gradient_image(8, 8), "text": "a tree"}], **given)
+
+
+def test_the_model_is_told_how_many_prefixes_to_keep(pipe, monkeypatch):
+    told, segment = [], pipe.model.segment
+
+    def spy(*args, **kwargs):
+        told.append(kwargs.get("max_kept_prefixes"))
+        return segment(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "segment", spy)
+    image = gradient_image(30, 50)
+    assert_same(ask(pipe, image, "a tree", max_kept_prefixes=0), ask(pipe, image, "a tree"))
+    assert told == [0, None]
 
 
 def test_none_is_the_default(pipe):

@@ -85,8 +85,9 @@ def test_json_and_back_is_the_same(result):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda written: [written], 'a result must be a dictionary with "answer" and "segments", got'),
-        (lambda written: {"answer": "no"}, 'a result must be a dictionary with "answer" and "segments", got'),
+        (lambda written: [written], 'a result must be a dictionary with "answer" and a list "segments", got'),
+        (lambda written: {"answer": "no"}, 'a result must be a dictionary with "answer" and a list "segments", got'),
+        (lambda written: written | {"segments": 3}, 'a result must be a dictionary with "answer" and a list "segme'),
         (lambda written: {"answer": "", "segments": [{"label": "a"}]}, "a segment must have score, box, layer, mask"),
         (lambda written: written["segments"][0].update(mask="x") or written, 'a mask must be {"size": '),
         (lambda written: written["segments"][0]["mask"].update(size=[3, 3]) or written, "must fill its 3 x 3 pixels"),
@@ -128,6 +129,9 @@ def test_coco_reads_annotations_and_results(result, tmp_path):
     assert coco.annToMask(coco.loadAnns(5)[0]).sum() == 40 == coco.loadAnns(5)[0]["area"]
     found = result.to_coco(7)
     assert not any("id" in one for one in found) and {one["category_id"] for one in found} == {1}
+    numbers = np.arange(8)  # as ids of data sets often are
+    of_numpy = result.to_coco(numbers[7], {"the cup": numbers[1], "a boat": numbers[2]}, first_id=numbers[5])
+    assert json.loads(json.dumps(of_numpy)) == json.loads(json.dumps(annotations))
     assert len(coco.loadRes(json.loads(json.dumps(found))).anns) == 2
     with pytest.raises(ValueError, match="category_id must know the label 'a boat', got"):
         result.to_coco(7, {"the cup": 1})

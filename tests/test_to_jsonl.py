@@ -226,6 +226,10 @@ def test_a_bad_annotation_of_coco_is_named_and_nothing_is_written(folder, change
             "lists the id 1 twice among its categories",
         ),
         ({"images": [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}]}, "twice among its images"),
+        (
+            {"categories": [{"id": 1, "name": "a [SEG]"}]},
+            r"annotation 10: its name must name an object, got 'a \[SEG\]'",
+        ),
         ({"images": [{"id": 1, "file_name": "a.png", "height": 20}]}, "image 1 must have 'width'"),
         ({"images": [{"id": 1, "file_name": "a.png", "neg_category_ids": [[1]]}]}, "neg_category_ids must be a whole"),
     ],
@@ -432,6 +436,15 @@ def test_a_size_that_is_not_the_picture_s_is_refused(folder):
         to_jsonl("labelme", folder / "a.json", folder / "mine.jsonl", quiet=True)
 
 
+@pytest.mark.parametrize("name", ["../..", "."])
+def test_an_image_path_of_labelme_that_is_no_file_s_is_refused(folder, name):
+    shape = {"label": "cup", "points": pairs(box_polygon(2, 3, 9, 8))}
+    inside = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    save_json(folder / "a.json", labelme([shape], imagePath=name, imageData=inside))
+    with pytest.raises(ValueError, match=r"a\.json: imagePath must name a file, got "):
+        to_jsonl("labelme", folder / "a.json", folder / "mine.jsonl", quiet=True)
+
+
 # YOLO
 
 
@@ -468,6 +481,12 @@ def test_yolo_by_its_data_file(yolo):
     assert "1  a picture without a file of labels" in table
     lines, _ = convert("yolo", yolo, yolo / "mine.jsonl", boxes=True)
     assert (lines["train images/train/a.jpg tree"]["decoded"][0] == box_mask(9, 5, 21, 15)).all()
+
+
+def test_names_of_digits_are_read_as_yolo_reads_them(yolo):
+    (yolo / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [7, 8]\n")
+    lines, _ = convert("yolo", yolo / "data.yaml", yolo / "mine.jsonl")
+    assert {line["query"] for line in lines.values()} == {"the 7", "the 8"}
 
 
 def test_yolo_by_folders_with_a_list_of_names(yolo):

@@ -131,6 +131,11 @@ def test_a_label_map_of_the_stored_picture_is_turned(tmp_path):
         (np.zeros((5, 6), np.uint8), "cup", "of a picture 6 wide and 5 high, but .* is 30 wide and 20 high"),
         (np.full((*SIZE, 3), (9, 8, 7), np.uint8), "cup", "holds colours, but .* names none of these"),
         (label_map((1, CUP)), "1 cup\ntree", "some lines begin with a number or colour, and 'tree' does not"),
+        (
+            np.zeros((*SIZE, 2), np.uint8),
+            "cup",
+            r"^the label map \S*a\.png must hold numbers or colours, got the mode LA",
+        ),
         (label_map((1, CUP)), "300 0 0: cup", "must be named by whole numbers, by R G B of 0..255"),
         (label_map((1, CUP)), "", "holds no names"),
         (label_map((1, CUP)), None, "holds no names of classes: name a list of numbers or colours with --names"),
@@ -343,7 +348,7 @@ def test_label_studio_regions_of_every_type(studio):
     found = {line["query"][4:]: line["decoded"][0] for line in lines.values()}
     check_studio(found)
     assert (found["bare"] == box_mask(1, 1, 5, 5)).all()
-    assert lines["ab12cd34-a1.png brush"]["image"] == "a1.png"
+    assert lines["a1.png brush"]["image"] == "a1.png"
     assert "1  a region of the type keypointlabels, which has no mask" in table
     assert "2  a box, filled as if it were a mask" in table
 
@@ -352,9 +357,18 @@ def test_label_studio_in_its_short_form(studio):
     regions = [one for one in studio_regions() if one["type"].endswith("labels") and one["type"] != "labels"]
     keys = ("original_width", "original_height", "image_rotation")
     flat = [{**one["value"], **{key: one[key] for key in keys}} for one in regions]
-    save_json(studio / "min.json", [{"image": "/data/local-files/?d=my%20set/a1.png", "id": 1, "label": flat}])
-    lines, _ = convert("labelstudio", studio / "min.json", studio / "mine.jsonl")
-    check_studio({line["query"][4:]: line["decoded"][0] for line in lines.values()})
+    tasks = [
+        {"image": "/data/local-files/?d=my%20set/a1.png", "id": 1, "label": flat},
+        {"image": "/data/local-files/?d=my%20set/a2.png", "id": 2, "annotator": 1, "annotation_id": 7},
+        {"image": "/data/local-files/?d=my%20set/a3.png", "id": 3},
+    ]
+    save_json(studio / "min.json", tasks)
+    lines, table = convert("labelstudio", studio / "min.json", studio / "mine.jsonl", negatives=1)
+    check_studio({line["query"][4:]: line["decoded"][0] for line in lines.values() if line["masks"]})
+    assert "a1.png polygon" in lines, "the file is named, not the address of its server"
+    denied = {line["image"] for line in lines.values() if not line["masks"]}
+    assert denied == {"a2.png"}, "an annotation without a region denies, and none does not"
+    assert "1  a picture that nobody annotated" in table and "an ellipse" in table
 
 
 def test_one_annotation_of_label_studio_counts(studio):

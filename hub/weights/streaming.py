@@ -38,7 +38,7 @@ class Part:
     The part of a model that comes from one checkpoint.
 
     Attributes:
-        title: what to call the checkpoint at the beginning of a sentence.
+        title: what to call the checkpoint in a sentence.
         weights: its files.
         rename: name in the files to the name used in `targets`; `None` for what is known to be of no use.
         targets: of every tensor that is needed.

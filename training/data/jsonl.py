@@ -336,16 +336,23 @@ def _read_turn(turn: dict, size: tuple[int, int], folder: Path, name: str) -> di
     return {"query": query, "answer": answer, "phrases": named, "masks": list(read.values())}
 
 
+def check_phrase(phrase: object, what: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: this cannot name an object in an answer; the sentence begins with `name` and `what` it is.
+    """
+    for token in (SEGMENT, REJECT):
+        if token in _text(phrase, what, name):
+            raise ValueError(f"{name}: {what} must name an object, got {shown(phrase)} with {token}")
+
+
 def _check_phrases(phrases, count: int, name: str) -> None:
     if not isinstance(phrases, list):
         raise ValueError(f"{name}: phrases must be a list with one phrase per mask, got {shown(phrases)}")
     if len(phrases) != count:
         raise ValueError(f"{name}: {len(phrases)} phrases name {count} masks, expected one phrase per mask")
     for number, phrase in enumerate(phrases, start=1):
-        _text(phrase, f"phrase {number}", name)
-        for token in (SEGMENT, REJECT):
-            if token in phrase:
-                raise ValueError(f"{name}: phrase {number} must name an object, got {shown(phrase)} with {token}")
+        check_phrase(phrase, f"phrase {number}", name)
 
 
 def _compose(phrases: list[str] | None, present: list[bool]) -> str:

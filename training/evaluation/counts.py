@@ -68,7 +68,7 @@ def _tuples(value):
 def _masks(name: str, masks: ArrayLike) -> np.ndarray:
     masks = np.asarray(masks)
     if masks.dtype != bool:
-        raise ValueError(f"{name} must be boolean, got {masks.dtype}.")
+        raise ValueError(f"{name} must be boolean, got {masks.dtype}")
     return masks
 
 
@@ -85,11 +85,11 @@ def intersection_union(prediction: ArrayLike, target: ArrayLike, ignore: ArrayLi
     """
     prediction, target = _masks("prediction", prediction), _masks("target", target)
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction and target must have one shape, got {prediction.shape} and {target.shape}.")
+        raise ValueError(f"prediction and target must have one shape, got {prediction.shape} and {target.shape}")
     if ignore is not None:
         ignore = _masks("ignore", ignore)
         if ignore.shape != target.shape:
-            raise ValueError(f"ignore must have the shape of the target {target.shape}, got {ignore.shape}.")
+            raise ValueError(f"ignore must have the shape of the target {target.shape}, got {ignore.shape}")
         prediction, target = prediction & ~ignore, target & ~ignore
     return _pair(np.count_nonzero(prediction & target), np.count_nonzero(prediction), np.count_nonzero(target))
 
@@ -125,20 +125,20 @@ def count_query(
     prediction, target = _masks("prediction", prediction), _masks("target", target)
     if prediction.ndim != 3 or target.ndim != 3 or prediction.shape[1:] != target.shape[1:]:
         shapes = f"{prediction.shape} and {target.shape}"
-        raise ValueError(f"prediction must be (n, H, W) and target (m, H, W) of one size, got {shapes}.")
+        raise ValueError(f"prediction must be (n, H, W) and target (m, H, W) of one size, got {shapes}")
     if attribute == OVERALL:
-        raise ValueError(f"{OVERALL!r} is the name of the total and cannot be an attribute.")
+        raise ValueError(f"{OVERALL!r} is the name of the total and cannot be an attribute")
     if scores is not None:
         scores = tuple(float(score) for score in scores)
         if len(scores) != len(prediction) or not all(map(math.isfinite, scores)):
-            raise ValueError(f"scores must be {len(prediction)} finite numbers, one per prediction, got {scores}.")
+            raise ValueError(f"scores must be {len(prediction)} finite numbers, one per prediction, got {scores}")
     rejected = np.zeros(len(prediction), dtype=bool) if rejected is None else np.asarray(rejected, dtype=bool)
     if rejected.shape != (len(prediction),):
-        raise ValueError(f"rejected must be {len(prediction)} truth values, one per prediction, got {rejected.shape}.")
+        raise ValueError(f"rejected must be {len(prediction)} truth values, one per prediction, got {rejected.shape}")
     if ignore is not None:
         ignore = _masks("ignore", ignore)
         if ignore.shape != target.shape[1:]:
-            raise ValueError(f"ignore must be {target.shape[1:]} like the masks, got {ignore.shape}.")
+            raise ValueError(f"ignore must be {target.shape[1:]} like the masks, got {ignore.shape}")
         prediction, target = prediction & ~ignore, target & ~ignore
     decoded = prediction
     if rejected.any():
@@ -271,7 +271,7 @@ class GroundingCounts:
         lengths = [len(entries) for entries in (predictions, targets, attributes, ignores, scores)]
         if len(set(lengths)) != 1:
             raise ValueError(
-                f"predictions, targets, attributes, ignores and scores must have one entry per query, got {lengths}."
+                f"predictions, targets, attributes, ignores and scores must have one entry per query, got {lengths}"
             )
         entries = zip(predictions, targets, attributes, ignores, scores, strict=True)
         self.queries += [count_query(*entry) for entry in entries]

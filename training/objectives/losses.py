@@ -61,20 +61,20 @@ class LossWeights:
         weights = asdict(self) | {"entropy": -self.entropy}
         unknown = sorted(set(terms) - set(weights))
         if unknown:
-            raise ValueError(f"Unknown loss terms {unknown}, expected some of {list(weights)}.")
+            raise ValueError(f"unknown loss terms {unknown}, expected some of {list(weights)}")
         weighted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
         if not weighted:
-            raise ValueError(f"No loss term has a weight other than 0, got the terms {list(terms)}.")
+            raise ValueError(f"no loss term has a weight other than 0, got the terms {list(terms)}")
         return sum(weighted)
 
 
 def _check_masks(name: str, values: Tensor, targets: Tensor, valid: Tensor | None) -> None:
     if values.ndim != 3:
-        raise ValueError(f"{name} must be (N, H, W), got shape {tuple(values.shape)}.")
+        raise ValueError(f"{name} must be (N, H, W), got shape {tuple(values.shape)}")
     if targets.shape != values.shape:
-        raise ValueError(f"targets must have the shape of {name} {tuple(values.shape)}, got {tuple(targets.shape)}.")
+        raise ValueError(f"targets must have the shape of {name} {tuple(values.shape)}, got {tuple(targets.shape)}")
     if valid is not None and valid.shape != values.shape:
-        raise ValueError(f"valid must have the shape of {name} {tuple(values.shape)}, got {tuple(valid.shape)}.")
+        raise ValueError(f"valid must have the shape of {name} {tuple(values.shape)}, got {tuple(valid.shape)}")
 
 
 def _over_masks(per_mask: Tensor, num_masks: float | Tensor | None) -> Tensor:
@@ -167,11 +167,11 @@ def gaussian_target(masks: Tensor, kernel_size: int = GAUSSIAN_KERNEL_SIZE, sigm
         ValueError: `masks` is not (N, H, W), `kernel_size` not odd and positive, or `sigma` not positive.
     """
     if masks.ndim != 3:
-        raise ValueError(f"masks must be (N, H, W), got shape {tuple(masks.shape)}.")
+        raise ValueError(f"masks must be (N, H, W), got shape {tuple(masks.shape)}")
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}.")
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
     if sigma <= 0:
-        raise ValueError(f"sigma must be positive, got {sigma}.")
+        raise ValueError(f"sigma must be positive, got {sigma}")
     if masks.numel() == 0:
         return masks.float()
     radius = kernel_size // 2
@@ -207,7 +207,7 @@ def positive_weight(targets: Tensor, groups: Tensor, cap: float | None = None, v
     """
     _check_masks("targets", targets, targets, valid)
     if groups.shape != targets.shape[:1]:
-        raise ValueError(f"groups must be ({len(targets)},), one per target, got shape {tuple(groups.shape)}.")
+        raise ValueError(f"groups must be ({len(targets)},), one per target, got shape {tuple(groups.shape)}")
     counted = torch.ones_like(targets, dtype=torch.float32) if valid is None else valid.float()
     targets = targets.float()
     per_mask = torch.stack([((1 - targets) * counted).flatten(1).sum(1), (targets * counted).flatten(1).sum(1)])
@@ -220,7 +220,7 @@ def positive_weight(targets: Tensor, groups: Tensor, cap: float | None = None, v
 
 def _check_weight(similarity_map: Tensor, pos_weight: Tensor) -> None:
     if pos_weight.shape != similarity_map.shape[:1]:
-        raise ValueError(f"pos_weight must be ({len(similarity_map)},), one per map, got {tuple(pos_weight.shape)}.")
+        raise ValueError(f"pos_weight must be ({len(similarity_map)},), one per map, got {tuple(pos_weight.shape)}")
 
 
 def map_bce_loss(
@@ -294,7 +294,7 @@ def reinforce_loss(
     """
     if rewards.shape != log_probs.shape:
         raise ValueError(
-            f"rewards must have the shape of log_probs {tuple(log_probs.shape)}, got {tuple(rewards.shape)}."
+            f"rewards must have the shape of log_probs {tuple(log_probs.shape)}, got {tuple(rewards.shape)}"
         )
     baseline = torch.as_tensor(baseline, dtype=torch.float32, device=rewards.device)
     advantage = (rewards.float() - baseline).detach()
@@ -308,7 +308,7 @@ def ema_update(baseline: Tensor, reward_mean: float | Tensor, decay: float = OFF
         ValueError: `decay` outside 0..1.
     """
     if not 0 <= decay <= 1:
-        raise ValueError(f"decay must lie in 0..1, got {decay}.")
+        raise ValueError(f"decay must lie in 0..1, got {decay}")
     reward_mean = torch.as_tensor(reward_mean, dtype=baseline.dtype, device=baseline.device)
     return (decay * baseline + (1 - decay) * reward_mean).detach()
 
@@ -322,7 +322,7 @@ def critic_loss(
         ValueError: values of another shape than `rewards`.
     """
     if values.shape != rewards.shape:
-        raise ValueError(f"values must have the shape of rewards {tuple(rewards.shape)}, got {tuple(values.shape)}.")
+        raise ValueError(f"values must have the shape of rewards {tuple(rewards.shape)}, got {tuple(values.shape)}")
     return _over_masks(beta * (values.float() - rewards.float().detach()) ** 2, num_segments)
 
 
@@ -345,7 +345,7 @@ def leave_one_out_baseline(rewards: Tensor) -> Tensor:
         ValueError: `rewards` is not (k, N) with k ≥ 2.
     """
     if rewards.ndim != 2 or rewards.shape[0] < 2:
-        raise ValueError(f"rewards must be (k, N) with k of at least 2, got shape {tuple(rewards.shape)}.")
+        raise ValueError(f"rewards must be (k, N) with k of at least 2, got shape {tuple(rewards.shape)}")
     rewards = rewards.detach()
     return (rewards.sum(0, keepdim=True) - rewards) / (rewards.shape[0] - 1)
 

@@ -145,7 +145,7 @@ def scenes(
     """
     if count < 0 or queries_per_scene < 1:
         raise ValueError(
-            f"count must be at least 0 and queries_per_scene at least 1, got {count} and {queries_per_scene}."
+            f"count must be at least 0 and queries_per_scene at least 1, got {count} and {queries_per_scene}"
         )
     _generator(split, seed, 0)
     _attribute_mix(attributes)
@@ -179,7 +179,7 @@ class SceneGroups:
 
     def __getitem__(self, index: int) -> list[dict]:
         if not 0 <= index < self.scene_count:
-            raise IndexError(f"scene index must be in 0..{self.scene_count - 1}, got {index}.")
+            raise IndexError(f"scene index must be in 0..{self.scene_count - 1}, got {index}")
         return scene_examples(self.split, self.seed, index, self.queries, self.attributes)
 
 
@@ -204,14 +204,14 @@ def example_scene() -> Scene:
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def _generator(split: str, seed: int, index: int, *more: int) -> np.random.Generator:
     _check_split(split)
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < WORD_LIMIT:
-            raise ValueError(f"{name} must be in 0..{WORD_LIMIT - 1}, got {value}.")
+            raise ValueError(f"{name} must be in 0..{WORD_LIMIT - 1}, got {value}")
     return np.random.default_rng(np.random.SeedSequence((SPLITS[split], seed, index, *more)))
 
 
@@ -221,9 +221,9 @@ def _attribute_mix(attributes: Attributes) -> tuple[tuple[str, ...], tuple[float
         mix = {name: ATTRIBUTE_WEIGHTS.get(name, 0.0) for name in mix}
     unknown = sorted(set(mix) - set(ATTRIBUTE_WEIGHTS))
     if unknown or isinstance(attributes, str):
-        raise ValueError(f"attributes must be a list from {', '.join(ATTRIBUTE_WEIGHTS)}, got {attributes!r}.")
+        raise ValueError(f"attributes must be a list from {', '.join(ATTRIBUTE_WEIGHTS)}, got {attributes!r}")
     if not sum(mix.values()) > 0 or min(mix.values()) < 0:
-        raise ValueError(f"attribute weights must be at least 0 and not all 0, got {dict(mix)}.")
+        raise ValueError(f"attribute weights must be at least 0 and not all 0, got {dict(mix)}")
     return tuple(mix), tuple(mix.values())
 
 

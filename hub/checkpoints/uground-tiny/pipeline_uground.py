@@ -25,7 +25,7 @@ from .results import GroundingResult
 
 logger = logging.get_logger(__name__)
 
-FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows")
+FORWARD_ARGUMENTS = ("max_new_tokens", "layer_selection", "num_layer_samples", "max_rows", "max_kept_prefixes")
 POSTPROCESS_ARGUMENTS = ("threshold", "mask_threshold", "reject_threshold", "return_similarity", "presence_threshold")
 CALL_ARGUMENTS = (*FORWARD_ARGUMENTS, "generate_kwargs", *POSTPROCESS_ARGUMENTS)
 # Names of what an item asks, and of what stands for image and query in it.
@@ -90,6 +90,8 @@ class ReferringSegmentationPipeline(Pipeline):
             max_new_tokens (`int`): most tokens of an answer; by default what the model's `generation_config` says.
             layer_selection, num_layer_samples: how the layer of each segment is picked, see `model.segment`.
             max_rows (`int`): most queries that go through the language model at a time, see `model.segment`.
+            max_kept_prefixes (`int`): where a policy picks the layers, image tokens of so many images at a time are
+                kept at all of them, see `model.segment`; 0 takes least memory.
             generate_kwargs (`dict`): anything else `model.segment` should generate with.
             threshold (`float`, defaults to 0): segments with a lower score are left out.
             mask_threshold (`float`, defaults to 0): logit above which a pixel is mask.
@@ -361,6 +363,8 @@ def _check_values(given: dict) -> None:
     for name in ("max_new_tokens", "num_layer_samples", "max_rows"):
         if name in given:
             check_whole(name, given[name])
+    if "max_kept_prefixes" in given:
+        check_whole("max_kept_prefixes", given["max_kept_prefixes"], 0)
     for name in ("threshold", "reject_threshold", "presence_threshold"):
         if name in given:
             check_number(name, given[name], 0, 1)

@@ -171,8 +171,11 @@ class GroundingResult(dict):
         Raises:
             ValueError: it is no such dictionary.
         """
-        if not isinstance(written, Mapping) or not {"answer", "segments"} <= set(written):
-            raise ValueError(f'a result must be a dictionary with "answer" and "segments", got {written!r:.100}')
+        is_result = isinstance(written, Mapping) and {"answer", "segments"} <= set(written)
+        if not is_result or not isinstance(written["segments"], (list, tuple)):
+            raise ValueError(
+                f'a result must be a dictionary with "answer" and a list "segments", got {written!r:.100}'
+            )
         width, height = written.get("width"), written.get("height")
         return cls(
             written["answer"],
@@ -212,9 +215,9 @@ class GroundingResult(dict):
             x0, y0, x1, y1 = segment["box"]
             annotations.append(
                 {
-                    **({} if first_id is None else {"id": first_id + number}),
-                    "image_id": image_id,
-                    "category_id": category,
+                    **({} if first_id is None else {"id": _plain(first_id + number)}),
+                    "image_id": _plain(image_id),
+                    "category_id": _plain(category),
                     "segmentation": encode_mask(segment["mask"]),
                     "area": segment.area,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from uground.training.data.files import TURN, UNTURN, upright_size
+from uground.training.data.jsonl import check_phrase
 from uground.training.data.masks import (
     LEAST_POLYGON,
     decode_mask,
@@ -283,7 +284,13 @@ class Reading:
         return next((name for name in names if name in SPLIT_NAMES), None)
 
     def add(self, found: AnnotatedPicture, name: str, mask: dict, what: str, place: str) -> None:
-        """Take a mask of a thing if it has a pixel."""
+        """
+        Take a mask of a thing if it has a pixel.
+
+        Raises:
+            ValueError: no line can name a thing so.
+        """
+        check_phrase(name, "its name", place)
         found.present.add(name)
         if is_empty(mask, place):
             self.tally.leave(NO_AREA, place)
@@ -392,6 +399,11 @@ def _is_file(path: Path) -> bool:
 def key_of(path: Path, folder: Path) -> str:
     """What a picture is called within its data set: its path below the folder, or its name."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def with_article(noun: str) -> str:
+    """A noun behind "a" or "an"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def number_of(value: object, name: str) -> float:

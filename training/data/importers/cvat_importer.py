@@ -6,7 +6,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from uground.training.data.importers.annotated import AnnotatedPicture, Canvas, Entry, Picture, Reading, number_of
+from uground.training.data.importers.annotated import (
+    AnnotatedPicture,
+    Canvas,
+    Entry,
+    Picture,
+    Reading,
+    number_of,
+    with_article,
+)
 from uground.training.data.masks import (
     box_polygon,
     check_size,
@@ -93,7 +101,7 @@ def _annotated(element: ElementTree.Element, path: Path, reading: Reading) -> An
     for number, child in enumerate(element):
         shape = _Fields(child, f"{image.name}, {child.tag} {number}")
         if child.tag in WITHOUT_AREA:
-            reading.tally.leave(f"a {child.tag}, which has no mask", shape.name)
+            reading.tally.leave(f"{with_article(child.tag)}, which has no mask", shape.name)
             if child.get("label"):
                 found.present.add(child.get("label").strip())
             continue
@@ -107,7 +115,7 @@ def _annotated(element: ElementTree.Element, path: Path, reading: Reading) -> An
         z_order = shape.whole("z_order", 0)
         # In a group, each shape still lies where its own z_order says.
         key = (label, z_order, "alone", number) if group == "0" else (label, z_order, "group", group)
-        shapes.setdefault(key, (label, f"a {child.tag}", shape.name, z_order, []))[-1].append(mask)
+        shapes.setdefault(key, (label, with_article(child.tag), shape.name, z_order, []))[-1].append(mask)
     _add_visible(found, list(shapes.values()), picture.size, reading)
     return found
 

@@ -146,9 +146,10 @@ def _read_map(path: Path, by_colour: bool) -> _Map:
         if opened.mode == "1" or opened.mode.startswith("I") or (opened.mode in ("L", "P") and not by_colour):
             values = np.asarray(opened).astype(np.int64)
             return _Map(values, False)
-        if opened.mode not in ("L", "P", "RGB", "RGBA"):
-            raise ValueError(f"the label map {path} must hold numbers or colours, got the mode {opened.mode}")
+        mode = opened.mode
         colours = np.asarray(opened.convert("RGB")).astype(np.int64)
+    if mode not in ("L", "P", "RGB", "RGBA"):
+        raise ValueError(f"the label map {path} must hold numbers or colours, got the mode {mode}")
     if not by_colour and (colours == colours[..., :1]).all():
         # Grey that was saved in three channels.
         return _Map(colours[..., 0], False)

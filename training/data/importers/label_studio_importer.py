@@ -14,7 +14,9 @@ from uground.training.data.importers.annotated import (
     Entry,
     Picture,
     Reading,
+    key_of,
     number_of,
+    with_article,
 )
 from uground.training.data.masks import MOST_PIXELS, box_polygon, check_size, ellipse_polygon, is_whole, shown
 from uground.training.data.records import Record, checked_list, records
@@ -31,6 +33,9 @@ COUNT_BITS, WORD_BITS, SIZE_BITS, SIZES = 32, 5, 4, 4
 # A brush paints red, green, blue and opacity; half of it and more is the object.
 CHANNELS, HALF = 4, 128
 UPLOAD_MARK = 8
+UNANNOTATED = "a picture that nobody annotated"
+# Fields of JSON-MIN that come with an annotation, also with one that marks nothing.
+OF_AN_ANNOTATION = ("annotation_id", "annotator")
 
 
 def read_label_studio(reading: Reading) -> Iterator[Entry]:
@@ -46,7 +51,7 @@ def read_label_studio(reading: Reading) -> Iterator[Entry]:
         for task in records(read_json(path), f"{path}:", "task"):
             if "id" in task:
                 task = Record(task.value, f"{path} task {shown(task.value['id'])}")
-            regions = _chosen(task, reading) if "data" in task else _minimal(task)
+            regions = _chosen(task, reading) if "data" in task else _minimal(task, reading)
             if regions is None:
                 continue
             if regions and all("original_width" not in region.value for region in regions):
@@ -73,7 +78,7 @@ def _chosen(task: Record, reading: Reading) -> list[Record] | None:
         for one in predicted:
             reading.tally.leave("a prediction (--predictions takes those of pictures without annotation)", one.name)
     if not kept:
-        reading.tally.leave("a picture that nobody annotated", task.name)
+        reading.tally.leave(UNANNOTATED, task.name)
         return None
     order = [
         (one.flag("ground_truth"), str(one.value.get("updated_at") or ""), place) for place, one in enumerate(kept)
@@ -89,8 +94,8 @@ def _score(prediction: Record) -> float:
     return number_of(prediction.value["score"], f"{prediction.name}: score") if "score" in prediction else 0.0
 
 
-def _minimal(task: Record) -> list[Record]:
-    """The regions of a task in JSON-MIN, in the form of JSON."""
+def _minimal(task: Record, reading: Reading) -> list[Record] | None:
+    """The regions of a task in JSON-MIN, in the form of JSON; None where nobody annotated, which is said."""
     regions = []
     for key, value in task.value.items():
         if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
@@ -99,6 +104,9 @@ def _minimal(task: Record) -> list[Record]:
                 region = {"type": kind, "value": one, "original_width": one.get("original_width")}
                 region |= {name: one.get(name) for name in ("original_height", "image_rotation")}
                 regions.append(Record(region, f"{task.name}, {key} {number}"))
+    if not regions and not any(key in task for key in OF_AN_ANNOTATION):
+        reading.tally.leave(UNANNOTATED, task.name)
+        return None
     return regions
 
 
@@ -121,7 +129,8 @@ def _labels(region: Record, regions: list[Record]) -> list[str]:
 def _annotated(place: str, data: Record, regions: list[Record], path: Path, reading: Reading) -> AnnotatedPicture:
     name = _picture_name(data)
     picture = Picture.of(_find(name, place, path, reading), place)
-    found = AnnotatedPicture(PurePosixPath(urlsplit(name).path).name or name, picture, reading.split_of(path))
+    # An address may end in anything; the file is what it stands for.
+    found = AnnotatedPicture(key_of(picture.path, reading.pictures.folder), picture, reading.split_of(path))
     for region in regions:
         kind = region.filled_text("type")
         if kind == "labels":
@@ -144,7 +153,7 @@ def _annotated(place: str, data: Record, regions: list[Record], path: Path, read
             continue
         mask = _mask(shape, region.record("value"), canvas, region.name)
         for label in labels:
-            reading.add(found, label, mask, f"a {shape}", region.name)
+            reading.add(found, label, mask, with_article(shape), region.name)
     return found
 
 

@@ -19,6 +19,7 @@ from uground.training.data.importers.annotated import (
     check_in_pixels,
     key_of,
     number_of,
+    with_article,
 )
 from uground.training.data.masks import MOST_SIDE, box_polygon, ellipse_polygon, shown, union_mask
 from uground.training.data.records import Record, checked_list
@@ -96,6 +97,8 @@ def _picture(content: Record, path: Path, reading: Reading) -> Picture:
             raise
     reading.tally.note("a picture taken from the imageData of its annotations", str(path))
     file = Path(name.replace("\\", "/")).name
+    if file in ("", ".."):
+        raise ValueError(f"{path}: imagePath must name a file, got {shown(name)}")
     return Picture.inside(_decoded(content.text("imageData"), f"{path}: imageData"), file, str(path))
 
 
@@ -111,7 +114,7 @@ def _mask(shape: Record, canvas: Canvas, reading: Reading) -> tuple[dict | None,
     kind = shape.text("shape_type") if "shape_type" in shape else "polygon"
     points = [_point(point, f"{shape.name}: point {i}") for i, point in enumerate(shape.items("points"), start=1)]
     if kind in LINES:
-        reading.tally.leave(f"a {kind}, which has no area", shape.name)
+        reading.tally.leave(f"{with_article(kind)}, which has no area", shape.name)
         return None, kind
     if kind == "mask":
         return _drawn_mask(shape, points, canvas), "a mask"
@@ -133,7 +136,7 @@ def _mask(shape: Record, canvas: Canvas, reading: Reading) -> tuple[dict | None,
     else:
         reading.tally.leave(f"a shape of the unknown type {shown(kind)}", shape.name)
         return None, kind
-    return canvas.mask([polygon], shape.name), f"a {kind}"
+    return canvas.mask([polygon], shape.name), with_article(kind)
 
 
 def _point(point, name: str) -> tuple[float, float]:

@@ -85,7 +85,8 @@ def names_of(given: Any, place: str) -> dict[int | tuple[int, int, int], str]:
         raise ValueError(f"{place} must be a list, or an object of a number or colour each, got {shown(given)}")
     names = {}
     for key, name in given.items():
-        text = checked_text(name, f"{place}: the name of {shown(key)}")
+        # YAML reads digits as numbers.
+        text = checked_text(str(name) if is_whole(name) else name, f"{place}: the name of {shown(key)}")
         if not text:
             raise ValueError(f"{place}: the name of {shown(key)} must not be empty")
         names[_key(key, place)] = text
