@@ -18,6 +18,8 @@ import time
 import traceback
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").rglob("*.yaml")))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.S | re.M)
@@ -28,7 +30,7 @@ COMMAND = re.compile(r"python (-m uground\S*) \S|python ((?:benchmarks|examples)
 
 # (what the command begins with, a word of it, the stand-in for this word)
 STAND_INS = (
-    (r"\S+to_jsonl labelme", r"annotated/", "labelme"),
+    (r"\S+to_jsonl labelme", r"labelme/", "labelme"),
     (r"\S+to_jsonl yolo", r"data\.yaml", "data.yaml"),
     (r"\S+to_jsonl voc", r"VOC2012/", "voc"),
     (r"\S+to_jsonl voc", r"names\.txt", "names.txt"),
@@ -70,7 +72,7 @@ SMALLER = (
     (r"benchmarks/bench_inference", "--scale tiny --rounds 1 --only states"),
     (r"benchmarks/bench_states", "--layers 2 --rows 2 --rounds 1"),
     (r"benchmarks/bench_train_memory", "--layers 2 --width 64 --segments 1 --queries 1 --rounds 1"),
-    (r"benchmarks/(probe_kinds|sam_prompts)", "--scenes 16"),
+    (r"benchmarks/(probe_kinds|sam_prompts)", "--scenes 8"),
     # Loads in fresh processes, which takes half a minute even where it is small.
     (r"benchmarks/bench_load", "--help"),
 )
@@ -102,8 +104,6 @@ def documented(page: Path) -> list[list[str]]:
 
 def lay_out(words: list[str], shelf: Path, laid: dict[str, str]) -> None:
     """Put in place what a command takes, and take away what it would find where it writes."""
-    import yaml
-
     taken = []
     for before, word in zip(words, words[1:], strict=False):
         (taken.append if before not in FILLED else take_away)(word)
@@ -159,13 +159,9 @@ def run(words: list[str]) -> object:
 
 def as_in_a_new_process() -> None:
     """Undo what a command set for its whole process."""
-    import transformers
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    transformers.logging.set_verbosity_warning()
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    # Imported here, since README's own Python comes first.
+    importlib.import_module("transformers").logging.set_verbosity_warning()
+    importlib.import_module("processes").forget_process_group()
 
 
 def snippets(page: str, names: dict) -> None:
@@ -218,5 +214,4 @@ def main(shelf: Path) -> None:
 
 
 if __name__ == "__main__":
-
     main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Every command of README, docs and recipes runs as printed, says nothing unasked, and so do the snippets of Python."""
+"""Commands and snippets of README, docs and recipes run as printed, and say nothing unasked."""
 
 import json
 import os
@@ -190,7 +190,9 @@ def test_commands_are_found_in_fences_lines_and_heads(tmp_path):
         ["benchmarks/rejection.py", "--count", "3"],
     ]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("# About.\n# python -m uground.hub.card \\\n#     PATH\nmodel: x  # python -m uground.hub.no x\n")
+    recipe.write_text(
+        "# About.\n# python -m uground.hub.card \\\n#     PATH\nmodel: x  # python -m uground.hub.no x\n"
+    )
     assert documented(recipe) == [["uground.hub.card", "PATH"]]
 
 
