@@ -15,7 +15,7 @@ NAMES := grep --line-buffered -E '^(Collecting|Successfully)'
 
 # Tests that depend on what libraries do; the rest depends on our code.
 LIBRARY_TESTS := $(addprefix tests/test_,$(addsuffix .py,library_contracts loading modeling generation official_parity read_parity layer_states head_sam \
-	official_tokenizer head_sam2 results processing pipeline trainer peft quantization merge_lora distributed hub_closure publish \
+	official_tokenizer head_sam2 families family_processing results processing pipeline trainer peft quantization merge_lora distributed hub_closure publish \
 	publish_trainer publish_data metrics_modules jsonl data_prepare scenes bundled main documented_commands))
 
 .PHONY: demo test test-floor check bench fuzz style tiny-checkpoint clean
