@@ -9,9 +9,7 @@ import argparse
 import json
 import os
 import sys
-import uuid
 import warnings
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from uground.checkpoint_loading import load_model, load_processor
 from uground.command_line import LOADING_DTYPES, run_command, seed_number
 from uground.processing import GroundingResult, ReferringSegmentationPipeline, draw_result, read_image
 from uground.processing.image_reading import opened_picture
+from uground.whole_files import write_whole
 
 # What stands for standard input among the arguments.
 STANDARD_INPUT = "-"
@@ -155,23 +154,6 @@ def write_outputs(args: argparse.Namespace, image: Image.Image, results: list[Gr
         write_whole(args.coco, lambda place: place.write_text(content, encoding="utf-8"))
         lines.append(f"annotations written to {args.coco}")
     return lines
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file or folder be written beside its place, and move it there once it is whole."""
-    # The ending stays, as it says what kind of picture it is.
-    partial = path.absolute().with_name(f".{uuid.uuid4().hex}.partial{path.suffix}")
-    try:
-        write(partial)
-        if partial.is_dir() and path.is_dir():
-            path.rmdir()
-        partial.replace(path)
-    finally:
-        if partial.is_dir():
-            for file in partial.iterdir():
-                file.unlink()
-            partial.rmdir()
-        partial.unlink(missing_ok=True)
 
 
 def write_masks(folder: Path, results: list[GroundingResult]) -> None:

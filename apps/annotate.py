@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import sys
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,7 @@ from uground.processing import draw_result
 from uground.processing.halving import is_out_of_memory
 from uground.processing.image_reading import read_image
 from uground.processing.pipeline_uground import ReferringSegmentationPipeline
+from uground.whole_files import write_whole
 
 LAYER_RULES = ("argmax", "last", "sample", "mc")
 # Hidden, so that `load_dataset` does not take it for data. Release 0.1.0 wrote it without the dot.
@@ -362,9 +362,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     if found is None:
         if any(file for kind in FORMATS.values() for file in folder.glob(f"part-*{kind.ending}")):
             raise ValueError(f"--output {folder} holds files of something else; choose another folder")
-        partial = folder / f".{uuid.uuid4().hex}.partial"
-        partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, lambda place: place.write_text(json.dumps(settings, indent=2), encoding="utf-8"))
         return
     try:
         before = dict(json.loads(found.read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from uground.processing import FoundSegment
+from uground.whole_files import write_whole
 
 SEGMENT = pa.struct(
     [
@@ -164,13 +165,11 @@ class OutputFolder:
             place = self._pictures(name)
             shutil.rmtree(place, ignore_errors=True)
             pictures.replace(place)
-        partial = self.path / f".{uuid.uuid4().hex}.partial"
-        self.format.write(partial, rows)
-        partial.replace(self.shard(name))
+        write_whole(self.shard(name), lambda place: self.format.write(place, rows))
 
     def clear(self) -> None:
         """Remove what an interrupted run left behind."""
-        for partial in self.path.glob(".*.partial"):
+        for partial in self.path.glob(".*.partial*"):
             partial.unlink()
         for partial in self.overlays.glob(".*.partial") if self.overlays is not None else ():
             shutil.rmtree(partial)

@@ -19,6 +19,7 @@ from transformers import SamModel
 
 from uground import tiny_checkpoint
 from uground.checkpoint_loading import load_model
+from uground.processing import masks_to_boxes
 from uground.training.scenes import sam_stage
 from uground.training.scenes.sam_stage import Prompted
 from uground.training.scenes.scene_store import FRAME, DrawnBatch, SceneStore
@@ -61,7 +62,7 @@ def asked(batch: DrawnBatch) -> dict[str, Prompted]:
         "one point": Prompted(targets, points[:, :, :1], labels[:, :, :1]),
         "one point, three masks": Prompted(targets, points[:, :, :1], labels[:, :, :1], several=True),
         "three points": Prompted(targets, points, labels),
-        "box": Prompted(targets, boxes=sam_stage.boxes_of(targets)[:, None]),
+        "box": Prompted(targets, boxes=masks_to_boxes(targets)[:, None]),
         "coarse mask": Prompted(targets, mask=sam_stage.coarse_logits(targets)),
     }
 

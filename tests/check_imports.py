@@ -10,7 +10,14 @@ FLAT = ("modeling_uground", "processing")
 # What files that travel may import besides one another and the standard library.
 RUNTIME = {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate", "numpy", "PIL"}
 # Shared by all commands, in the root of the package.
-LEAVES = ("checkpoint_loading.py", "command_line.py", "extras.py", "job_processes.py", "matrix_optimizer.py")
+LEAVES = (
+    "checkpoint_loading.py",
+    "command_line.py",
+    "extras.py",
+    "job_processes.py",
+    "matrix_optimizer.py",
+    "whole_files.py",
+)
 BASE = ("modeling_uground", "processing", "leaves")
 # Room to the rooms that it may import. `leaves` are the files above; the root's `__init__` and `__main__` are free.
 ARROWS = {

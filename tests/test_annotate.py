@@ -79,7 +79,7 @@ def test_every_image_is_asked_every_query(folder, pipe):
     names = sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.[jp][pn]g"))
     assert [key(row) for row in rows] == [(name, place) for name in names for place in (0, 1)]
     assert [row["query"] for row in rows[:2]] == QUERIES and all(row["error"] is None for row in rows)
-    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*.partial"))
+    assert len(list((folder / "out").glob("part-*"))) == 4 and not list((folder / "out").glob(".*.partial*"))
     for row in rows:
         path = folder / "images" / row["image"]
         expected = pipe(str(path), row["query"], generate_kwargs=write(pipe.processor, ANSWER))
@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_without_a_lost_or_doubled_row(folder, pipe, 
     annotate.annotate(arguments(folder, "--batch-size", 1), lambda _: pipe)
     assert rows_of(folder) == rows_of(folder, "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert not list((folder / "out").glob(".*.partial"))
+    assert not list((folder / "out").glob(".*.partial*"))
     # Nothing is left to do, so nothing is loaded.
     annotate.annotate(arguments(folder), lambda _: pytest.fail("loaded a model for nothing"))
 
@@ -374,7 +374,7 @@ def test_streams_are_killed_and_taken_up_by_two_processes(folder, pipe, kind, mo
         if dies:
             before = {path: path.stat().st_mtime_ns for path in (folder / "out").glob("part-*")}
     assert len(before) == 2 and all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert not list((folder / "out").glob(".*.partial"))
+    assert not list((folder / "out").glob(".*.partial*"))
     rows, whole = rows_of(folder), rows_of(folder, "whole")
     assert len(rows) == len(whole) == 2 * len(SIZES)
     found = {(row["image"], row["query"]): row["segments"] for row in rows}
@@ -607,7 +607,7 @@ def test_killed_and_taken_up_by_two_processes(folder):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert annotate.main(words("whole")[1:]) == 0
     assert rows_of(folder) == rows_of(folder, "whole")
-    assert not list((folder / "out").glob(".*.partial"))
+    assert not list((folder / "out").glob(".*.partial*"))
 
 
 def test_a_mistake_is_one_line(folder, capsys):

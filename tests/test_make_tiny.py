@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from uground.processing import masks_to_boxes
 from uground.training.choose_rejection import careful_threshold, shares
 from uground.training.scenes import make_tiny, pretrain, sam_stage, scene, scene_store, vision_stage
 from uground.training.scenes.make_tiny import Stage
@@ -96,8 +97,8 @@ def test_prompts_point_at_their_targets():
         given = sam_stage.prompt_points(batch, masks)
         columns, rows = given.points[0, 0].long().T
         assert given.targets[0, rows, columns].tolist() == given.labels[0, 0].bool().tolist()
-    assert sam_stage.boxes_of(masks[:, 0]).tolist() == [[100, 40, 160, 80]]
-    assert sam_stage.boxes_of(torch.zeros(1, 256, 256, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
+    assert masks_to_boxes(masks[:, 0]).tolist() == [[100, 40, 160, 80]]
+    assert masks_to_boxes(torch.zeros(1, 256, 256, dtype=torch.bool)).tolist() == [[0, 0, 0, 0]]
     coarse = sam_stage.prompt_coarse(batch, masks)
     inside = masks[0, 0, ::4, ::4]
     assert coarse.mask[0, 0][inside].mean() > 0 > coarse.mask[0, 0][~inside].mean()

@@ -16,11 +16,11 @@ from transformers.utils import logging
 from uground.modeling_uground.image_frames import letterbox_mask
 from uground.modeling_uground.image_rows import resolve_image_index
 from uground.processing import UGroundProcessor
+from uground.processing.row_padding import IGNORED_LABEL
 from uground.training.data.masks import decode_mask
 
 logger = logging.get_logger(__name__)
 
-IGNORED_LABEL = -100
 # Of a batch, what the trainer keeps to itself; the model takes the rest.
 TARGET_KEYS = ("target_groups", "segment_keys", "example_ids", "frame_keys")
 

@@ -14,6 +14,7 @@ from PIL import Image
 from uground.modeling_uground.checkpoint_files import read_json_object
 from uground.processing.drawing import draw_result
 from uground.training.data.masks import decode_mask
+from uground.whole_files import write_whole
 
 PARTIAL = "partial"
 RESULTS = "results.json"
@@ -73,7 +74,7 @@ class BlockStore:
                     f"{self.folder}"
                 )
         else:
-            _write_whole(kept, json.dumps(settings, indent=2))
+            _write_text(kept, json.dumps(settings, indent=2))
         self.file = self.folder / f"blocks-{uuid.uuid4().hex}.jsonl"
 
     @staticmethod
@@ -120,11 +121,9 @@ def _first_change(before: dict, settings: dict) -> str | None:
     return None
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Write a file that is whole whenever it exists."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def write_results(folder: str | os.PathLike, results: dict, predictions: list[dict]) -> None:
@@ -132,10 +131,8 @@ def write_results(folder: str | os.PathLike, results: dict, predictions: list[di
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(predictions, schema=PREDICTIONS)
-    partial = folder / "predictions.parquet.partial"
-    parquet.write_table(table, partial)
-    partial.replace(folder / "predictions.parquet")
-    _write_whole(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "predictions.parquet", lambda place: parquet.write_table(table, place))
+    _write_text(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_overlays(folder: str | os.PathLike, predictions: list[dict], count: int, example: dict) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import SamModel
 
+from uground.processing import masks_to_boxes
 from uground.training.scenes.scene_store import FRAME, PROPERTIES, DrawnBatch
 from uground.training.scenes.tiny_model import LMM_PATCH, LMM_SIZE, sam_config
 from uground.training.scenes.vision_stage import frame_pixels, grid_coverage
@@ -125,21 +126,10 @@ def prompt_points(batch: DrawnBatch, masks: torch.Tensor) -> Prompted:
 def prompt_boxes(batch: DrawnBatch, masks: torch.Tensor) -> Prompted:
     """The box around an object, a little off."""
     targets = masks[torch.arange(len(masks)), random_objects(batch, masks)]
-    boxes = boxes_of(targets)
+    boxes = masks_to_boxes(targets)
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     boxes = boxes + BOX_NOISE * sides * torch.randn_like(boxes)
     return Prompted(targets, boxes=boxes.clamp(0, FRAME)[:, None])
-
-
-def boxes_of(masks: torch.Tensor) -> torch.Tensor:
-    """`(B, 4)` x0, y0, x1, y1 around masks `(B, F, F)`, the far edges exclusive; zeros for an empty one."""
-    sides = []
-    for axis in (1, 2):
-        seen = masks.any(axis).int()
-        end = torch.where(seen.any(1), FRAME - seen.flip(1).argmax(1), 0)
-        sides.append((seen.argmax(1), end))
-    (x0, x1), (y0, y1) = sides
-    return torch.stack([x0, y0, x1, y1], 1).float()
 
 
 def prompt_coarse(batch: DrawnBatch, masks: torch.Tensor) -> Prompted:

@@ -4,7 +4,6 @@ A scene may be used more than once, each time cut and mirrored otherwise: `sampl
 which depends on the seed and on that number alone, so that a run that goes on sees what it would have seen.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from uground.training.scenes.drawing import COLOURS, IMAGE_SIZES, KINDS, SIZES, TEXTURES
 from uground.training.scenes.world import scene
+from uground.whole_files import write_whole
 
 PROPERTIES = {"kind": tuple(KINDS), "colour": tuple(COLOURS), "texture": tuple(TEXTURES), "size": tuple(SIZES)}
 FRAME = max(max(size) for size in IMAGE_SIZES)  # scenes lie in the upper left corner of it
@@ -92,10 +92,7 @@ class SceneStore:
                 record["objects"][:height, :width][thing.mask] = number + 1
                 classes = [names.index(getattr(thing, name)) for name, names in PROPERTIES.items()]
                 record["properties"][number] = classes
-        part = self._path(shard).with_suffix(f".{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, records)
-        part.replace(self._path(shard))
+        write_whole(self._path(shard), lambda place: np.save(place, records))
 
     def read(self, indices: np.ndarray) -> DrawnBatch:
         """Scenes by number, as they were drawn."""
